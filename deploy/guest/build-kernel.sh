@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Builds the guest kernel from Debian's linux-source with kernel.config.
+# Usage: build-kernel.sh OUTPUT      (writes OUTPUT, an uncompressed PVH ELF)
+# GUEST_KERNEL=debian takes Debian's cloud kernel instead (slower to boot, no build).
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/../../tests/setup/lib.sh"
+
+out=${1:?usage: build-kernel.sh OUTPUT}
+config="$ROOT/deploy/guest/kernel.config"
+source_version=6.12
+tarball=/usr/src/linux-source-$source_version.tar.xz
+
+build_own() {
+  [ -f "$tarball" ] || die "kernel source $tarball is missing: install linux-source-$source_version"
+  local version hash store
+  version=$(dpkg-query -W -f '${Version}' linux-source-$source_version)
+  hash=$(key "$config" "$version" "$(gcc -dumpfullversion)" "$ROOT/deploy/guest/build-kernel.sh")
+  store="$CACHE/kernel/$hash"
+  if [ ! -f "$store/vmlinux" ]; then
+    say "building the guest kernel $version (about 6 minutes on 2 cores)"
+    local work="$CACHE/kernel/$hash.build"
+    rm -rf "$work" && mkdir -p "$work/src" "$work/obj" "$store"
+    tar -xf "$tarball" -C "$work/src" --strip-components=1
+    # What the kernel embeds about its build must not differ between two builds.
+    local repro=(KBUILD_BUILD_TIMESTAMP='1970-01-01' KBUILD_BUILD_USER=podhull KBUILD_BUILD_HOST=podhull KBUILD_BUILD_VERSION=1)
+    make -C "$work/src" O="$work/obj" "${repro[@]}" KCONFIG_ALLCONFIG="$config" allnoconfig >"$work/log" 2>&1 \
+      || { tail -20 "$work/log" >&2; die "kernel configuration failed; whole log: $work/log"; }
+    check_config "$work/obj/.config"
+    make -C "$work/src" O="$work/obj" "${repro[@]}" KCFLAGS="-ffile-prefix-map=$work=." -j"$(nproc)" vmlinux >>"$work/log" 2>&1 \
+      || { tail -20 "$work/log" >&2; die "kernel build failed; whole log: $work/log"; }
+    strip -o "$store/vmlinux.new" "$work/obj/vmlinux"
+    cp "$work/obj/.config" "$store/config"
+    mv "$store/vmlinux.new" "$store/vmlinux"
+    rm -rf "$work"
+  fi
+  install -m 0644 "$store/vmlinux" "$out"
+  install -m 0644 "$store/config" "$out.config"
+}
+
+# Kconfig drops a symbol silently when a dependency is missing: say so.
+check_config() {
+  local lost=0 line
+  while read -r line; do
+    case $line in
+      CONFIG_*=n) grep -q "^${line%=n}=" "$1" && { echo "still set: $line" >&2; lost=1; } ;;
+      CONFIG_*=*) grep -qxF "$line" "$1" || { echo "not taken: $line" >&2; lost=1; } ;;
+    esac
+  done <"$config"
+  [ "$lost" = 0 ] || die "kernel.config asks for what this kernel does not offer"
+}
+
+build_debian() {
+  local work="$CACHE/kernel/debian"
+  mkdir -p "$work"
+  ( cd "$work" && apt-get download -qq linux-image-cloud-amd64 >/dev/null
+    real=$(dpkg -I linux-image-cloud-amd64_*.deb | sed -n 's/^ Depends: \(linux-image-[^ ,]*\).*/\1/p')
+    apt-get download -qq "$real" >/dev/null
+    dpkg -x "$real"_*.deb . )
+  install -m 0644 "$work"/boot/vmlinuz-* "$out"
+}
+
+mkdir -p "$(dirname "$out")"
+case ${GUEST_KERNEL:-own} in
+  own) locked kernel build_own ;;
+  debian) locked kernel build_debian ;;
+  *) die "GUEST_KERNEL=${GUEST_KERNEL}: expected own or debian" ;;
+esac

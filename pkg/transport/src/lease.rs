@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Leases: who still needs a VM.
+//!
+//! Whoever stops a VM asks its [`LeaseSet`] first; the set refuses new leases
+//! from then on and names those that are still held.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use podhull_types::Deadline;
+use tokio::sync::Notify;
+
+/// The VM is being stopped: no new leases.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{owner} is stopping")]
+pub struct Closing {
+    /// Whose leases were asked for.
+    pub owner: String,
+}
+
+/// What a lease is held for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HolderKind {
+    /// The gRPC channel to the agent.
+    Control,
+    /// One exec, attach or port-forward connection.
+    Session,
+    /// A connection that was accepted and is not yet anything else.
+    Listener,
+    /// A copier between a guest's connection and a local one.
+    Relay,
+    /// Anything else.
+    Other,
+}
+
+impl fmt::Display for HolderKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Control => "control",
+            Self::Session => "session",
+            Self::Listener => "listener",
+            Self::Relay => "relay",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// Who holds a lease, for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// What for.
+    pub kind: HolderKind,
+    /// Whom for: a process, a port, a peer.
+    pub name: String,
+}
+
+impl Holder {
+    /// A holder of `kind` called `name`.
+    pub fn new(kind: HolderKind, name: impl Into<String>) -> Self {
+        Self {
+            kind,
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
+
+/// A lease that is held, as the set sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldLease {
+    /// Who holds it.
+    pub holder: Holder,
+    /// For how long already.
+    pub age: Duration,
+}
+
+impl fmt::Display for HeldLease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} for {:.1} s", self.holder, self.age.as_secs_f64())
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    closing: bool,
+    next: u64,
+    held: BTreeMap<u64, (Holder, Instant)>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    owner: String,
+    state: Mutex<State>,
+    released: Notify,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is consistent between any two statements below.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(self: &Arc<Self>, state: &mut State, holder: Holder) -> Lease {
+        let number = state.next;
+        state.next += 1;
+        state.held.insert(number, (holder, Instant::now()));
+        Lease {
+            shared: Arc::clone(self),
+            number,
+        }
+    }
+}
+
+/// All leases on one VM. Cloning gives another handle on the same set.
+#[derive(Debug, Clone)]
+pub struct LeaseSet {
+    shared: Arc<Shared>,
+}
+
+impl LeaseSet {
+    /// An empty set; `owner` names the VM in errors and logs.
+    pub fn new(owner: impl Into<String>) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                owner: owner.into(),
+                state: Mutex::default(),
+                released: Notify::new(),
+            }),
+        }
+    }
+
+    /// Hands out a lease: the VM is not stopped while it is held.
+    ///
+    /// # Errors
+    /// [`Closing`] once [`close`](Self::close) was called.
+    pub fn issue(&self, holder: Holder) -> Result<Lease, Closing> {
+        let mut state = self.shared.lock();
+        if state.closing {
+            return Err(Closing {
+                owner: self.shared.owner.clone(),
+            });
+        }
+        Ok(self.shared.enter(&mut state, holder))
+    }
+
+    /// Refuses new leases from now on. Leases that are held stay valid, and
+    /// their holders may still clone them: the VM is held anyway.
+    pub fn close(&self) {
+        self.shared.lock().closing = true;
+    }
+
+    /// The leases held now, oldest first.
+    #[must_use]
+    pub fn held(&self) -> Vec<HeldLease> {
+        self.shared
+            .lock()
+            .held
+            .values()
+            .map(|(holder, since)| HeldLease {
+                holder: holder.clone(),
+                age: since.elapsed(),
+            })
+            .collect()
+    }
+
+    /// Closes the set and waits until nobody holds a lease. Cancel safe.
+    ///
+    /// # Errors
+    /// The leases still held when the deadline passed.
+    pub async fn drained(&self, by: Deadline) -> Result<(), Vec<HeldLease>> {
+        self.close();
+        let empty = async {
+            loop {
+                let released = self.shared.released.notified();
+                tokio::pin!(released);
+                released.as_mut().enable();
+                if self.shared.lock().held.is_empty() {
+                    return;
+                }
+                released.await;
+            }
+        };
+        by.run(empty).await.map_err(|_| self.held())
+    }
+}
+
+/// The right to find the VM alive. Dropping it releases the VM; cloning it
+/// makes one more that has to be dropped.
+#[derive(Debug)]
+pub struct Lease {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Lease {
+    /// Says whom the lease is held for from now on.
+    pub fn rename(&self, holder: Holder) {
+        if let Some(entry) = self.shared.lock().held.get_mut(&self.number) {
+            entry.0 = holder;
+        }
+    }
+}
+
+impl Clone for Lease {
+    fn clone(&self) -> Self {
+        let mut state = self.shared.lock();
+        let holder = state.held.get(&self.number).map_or_else(
+            || Holder::new(HolderKind::Other, "clone"),
+            |(holder, _)| holder.clone(),
+        );
+        self.shared.enter(&mut state, holder)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.held.remove(&self.number);
+        if state.held.is_empty() {
+            self.shared.released.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(name: &str) -> Holder {
+        Holder::new(HolderKind::Session, name)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn l10_drained_names_who_still_holds_on() {
+        let set = LeaseSet::new("vm");
+        let lease = set.issue(session("exec c/e")).unwrap();
+        let held = set
+            .drained(Deadline::after(Duration::from_secs(1)))
+            .await
+            .unwrap_err();
+        assert_eq!(held.len(), 1);
+        assert_eq!(held[0].holder, session("exec c/e"));
+        drop(lease);
+        assert!(
+            set.drained(Deadline::after(Duration::from_secs(1)))
+                .await
+                .is_ok()
+        );
+    }
+
+    #[tokio::test]
+    async fn l10_drained_returns_when_the_last_lease_goes() {
+        let set = LeaseSet::new("vm");
+        let (first, second) = (
+            set.issue(session("a")).unwrap(),
+            set.issue(session("b")).unwrap(),
+        );
+        let copy = first.clone();
+        let drained = tokio::spawn({
+            let set = set.clone();
+            async move { set.drained(Deadline::after(Duration::from_secs(10))).await }
+        });
+        tokio::task::yield_now().await;
+        drop(first);
+        drop(second);
+        assert!(!drained.is_finished());
+        assert_eq!(set.held().len(), 1);
+        drop(copy);
+        assert_eq!(drained.await.unwrap(), Ok(()));
+    }
+
+    #[test]
+    fn l10_closed_set_refuses_new_leases() {
+        let set = LeaseSet::new("vm x");
+        let lease = set.issue(session("a")).unwrap();
+        set.close();
+        assert_eq!(
+            set.issue(session("b")).map(drop),
+            Err(Closing {
+                owner: "vm x".into()
+            })
+        );
+        drop(lease.clone());
+        assert_eq!(set.held().len(), 1);
+    }
+}

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Accepting connections from the other side of a VM's boundary.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use podhull_types::{Cid, Deadline, VsockPort};
+use tokio::net::UnixListener;
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr};
+
+use crate::error::TransportError;
+use crate::lease::{Holder, HolderKind, LeaseSet};
+use crate::metrics;
+use crate::report::{CloseReport, Outcome};
+use crate::transport::{Peer, VsockTransport};
+
+/// Pause after an accept that failed for lack of descriptors or memory: nothing
+/// tells when they are back, and trying at once would spin.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses a port.
+const VMADDR_PORT_ANY: u32 = u32::MAX;
+
+#[derive(Debug)]
+enum Socket {
+    Vsock {
+        listener: tokio_vsock::VsockListener,
+        only_from: Cid,
+    },
+    Hybrid {
+        listener: UnixListener,
+        path: PathBuf,
+    },
+}
+
+/// Accepts connections; each one is a transport with a lease of its own, so it
+/// lives until its user is done, whatever becomes of the listener.
+#[derive(Debug)]
+pub struct VsockListener {
+    socket: Socket,
+    port: VsockPort,
+    leases: LeaseSet,
+}
+
+impl VsockListener {
+    /// Listens for a guest's connections to `port` of the host where a VMM or
+    /// daemon forwards them to UNIX sockets: at `<vm_socket>_<port>`, mode 0600.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] if the socket cannot be made.
+    pub fn bind_hybrid(
+        vm_socket: &Path,
+        port: VsockPort,
+        leases: LeaseSet,
+    ) -> Result<Self, TransportError> {
+        let mut name = OsString::from(vm_socket);
+        name.push(format!("_{port}"));
+        let path = PathBuf::from(name);
+        let failed = |source| TransportError::Listen {
+            at: path.display().to_string(),
+            source,
+        };
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        Ok(Self {
+            socket: Socket::Hybrid { listener, path },
+            port,
+            leases,
+        })
+    }
+
+    /// Listens on AF_VSOCK at `port`, or at one that the kernel chooses. Peers
+    /// with another context id than `only_from` are refused.
+    ///
+    /// # Errors
+    /// [`TransportError::Listen`] if the port is taken or the host has no vsock.
+    pub fn bind_vsock(
+        port: Option<VsockPort>,
+        only_from: Cid,
+        leases: LeaseSet,
+    ) -> Result<Self, TransportError> {
+        let wanted = port.map_or(VMADDR_PORT_ANY, |port| port.0);
+        let failed = |source| TransportError::Listen {
+            at: format!("vsock port {wanted}"),
+            source,
+        };
+        let listener = tokio_vsock::VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, wanted))
+            .map_err(failed)?;
+        let port = VsockPort(listener.local_addr().map_err(failed)?.port());
+        Ok(Self {
+            socket: Socket::Vsock {
+                listener,
+                only_from,
+            },
+            port,
+            leases,
+        })
+    }
+
+    /// The port it listens at.
+    #[must_use]
+    pub fn port(&self) -> VsockPort {
+        self.port
+    }
+
+    /// The next connection. A connection that is lost or not allowed while it
+    /// is accepted is logged and counted, and the next one waited for. Cancel
+    /// safe.
+    ///
+    /// # Errors
+    /// [`TransportError::Closing`] once the VM is being stopped;
+    /// [`TransportError::Listen`] if the listener itself is broken.
+    pub async fn accept(&self) -> Result<VsockTransport, TransportError> {
+        loop {
+            match self.accept_one().await {
+                Ok(transport) => return Ok(transport),
+                Err(error) if ends_listening(&error) => return Err(error),
+                Err(error) => {
+                    metrics::ACCEPT_FAILED.inc();
+                    tracing::warn!(port = %self.port, error = %error, "connection lost in accept");
+                    if is_exhaustion(&error) {
+                        tokio::time::sleep(EXHAUSTED_PAUSE).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn accept_one(&self) -> Result<VsockTransport, TransportError> {
+        let failed = |source| TransportError::Io {
+            what: "accept",
+            source,
+        };
+        let (fd, cid) = match &self.socket {
+            Socket::Vsock {
+                listener,
+                only_from,
+            } => {
+                let (stream, peer) = listener.accept().await.map_err(failed)?;
+                let cid = Cid(peer.cid());
+                if cid != *only_from {
+                    return Err(TransportError::WrongPeer {
+                        cid,
+                        expected: *only_from,
+                    });
+                }
+                (OwnedFd::from(stream), Some(cid))
+            }
+            Socket::Hybrid { listener, .. } => {
+                let (stream, _) = listener.accept().await.map_err(failed)?;
+                (OwnedFd::from(stream.into_std().map_err(failed)?), None)
+            }
+        };
+        let peer = Peer::Accepted {
+            port: self.port,
+            cid,
+        };
+        let lease = self
+            .leases
+            .issue(Holder::new(HolderKind::Listener, peer.to_string()))?;
+        VsockTransport::adopt(fd, peer, lease)
+    }
+
+    /// Stops listening and removes the socket. Connections that were accepted
+    /// are their users' and stay.
+    pub async fn close(self, _by: Deadline) -> CloseReport {
+        let outcome = match &self.socket {
+            Socket::Vsock { .. } => Outcome::Clean,
+            Socket::Hybrid { path, .. } => match fs::remove_file(path) {
+                Ok(()) => Outcome::Clean,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Outcome::Clean,
+                Err(error) => Outcome::Failed(format!("remove {}: {error}", path.display())),
+            },
+        };
+        CloseReport::of("listener", outcome)
+    }
+}
+
+/// Whether no later accept can succeed.
+fn ends_listening(error: &TransportError) -> bool {
+    use nix::errno::Errno;
+    match error {
+        TransportError::Closing(_) => true,
+        TransportError::Io { source, .. } => matches!(
+            source.raw_os_error().map(Errno::from_raw),
+            Some(Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP)
+        ),
+        _ => false,
+    }
+}
+
+fn is_exhaustion(error: &TransportError) -> bool {
+    use nix::errno::Errno;
+    matches!(
+        error,
+        TransportError::Io { source, .. } if matches!(
+            source.raw_os_error().map(Errno::from_raw),
+            Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+        )
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(5))
+    }
+
+    #[tokio::test]
+    async fn l7_an_accepted_connection_outlives_its_listener() {
+        let folder = tempfile::tempdir().unwrap();
+        let leases = LeaseSet::new("vm");
+        let vm = folder.path().join("vm");
+        let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
+        let mut client = UnixStream::connect(folder.path().join("vm_1024"))
+            .await
+            .unwrap();
+        let transport = listener.accept().await.unwrap();
+        assert!(listener.close(soon()).await.is_clean());
+        assert!(!folder.path().join("vm_1024").exists());
+        client.write_all(b"x").await.unwrap();
+        let mut io = transport.io().unwrap();
+        assert_eq!(io.read_u8().await.unwrap(), b'x');
+        assert_eq!(leases.held().len(), 1);
+        drop(io);
+        assert!(transport.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_gone_already_is_still_accepted() {
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let listener =
+            VsockListener::bind_hybrid(&vm, VsockPort::READY, LeaseSet::new("vm")).unwrap();
+        drop(
+            UnixStream::connect(folder.path().join("vm_1024"))
+                .await
+                .unwrap(),
+        );
+        let transport = listener.accept().await.unwrap();
+        assert_eq!(transport.io().unwrap().read(&mut [0]).await.unwrap(), 0);
+        assert!(transport.close(soon()).await.is_clean());
+    }
+
+    #[tokio::test]
+    async fn l10_a_stopping_vm_ends_the_accept_loop() {
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let leases = LeaseSet::new("vm");
+        let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
+        leases.close();
+        let _client = UnixStream::connect(folder.path().join("vm_1024"))
+            .await
+            .unwrap();
+        assert!(matches!(
+            listener.accept().await,
+            Err(TransportError::Closing(_))
+        ));
+    }
+}

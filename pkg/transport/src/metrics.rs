@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The crate's counters.
+
+use std::sync::LazyLock;
+
+use prometheus::{IntCounter, IntGauge, Registry};
+
+fn counter(name: &str, help: &str) -> IntCounter {
+    IntCounter::new(name, help).unwrap_or_else(|error| unreachable!("{name}: {error}"))
+}
+
+/// Transports that were dropped without being closed.
+pub static DROPPED_UNCLOSED: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_transport_dropped_unclosed_total",
+        "Transports dropped without an explicit close",
+    )
+});
+
+/// Connections that were accepted and then refused, or that failed to be accepted.
+pub static ACCEPT_FAILED: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_transport_accept_failed_total",
+        "Connections lost while being accepted",
+    )
+});
+
+/// Sessions that ended because the peer broke the protocol.
+pub static PROTOCOL_ERRORS: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_session_protocol_errors_total",
+        "Sessions ended by a protocol error",
+    )
+});
+
+/// Transports that are open now.
+pub static OPEN: LazyLock<IntGauge> = LazyLock::new(|| {
+    let name = "podhull_transports_open";
+    IntGauge::new(name, "Transports open now")
+        .unwrap_or_else(|error| unreachable!("{name}: {error}"))
+});
+
+/// Makes the counters part of `registry`.
+///
+/// # Errors
+/// If one of them is registered there already.
+pub fn register(registry: &Registry) -> Result<(), prometheus::Error> {
+    registry.register(Box::new(DROPPED_UNCLOSED.clone()))?;
+    registry.register(Box::new(ACCEPT_FAILED.clone()))?;
+    registry.register(Box::new(PROTOCOL_ERRORS.clone()))?;
+    registry.register(Box::new(OPEN.clone()))
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Sessions: one connection per exec, attach or forwarded port, whose bytes,
+//! ends, errors and exit code travel as frames.
+//!
+//! Each stream has credit of its own, so one that nobody reads never holds up
+//! another. The ends of streams are frames because half-close does not survive
+//! most vsock backends. [`frame`] is the wire format, [`engine`] the two tasks
+//! that own the transport, [`stream`] what users read and write, [`open`] how a
+//! session begins.
+
+pub(crate) mod engine;
+pub(crate) mod frame;
+mod open;
+mod stream;
+
+pub use engine::SessionHandle;
+pub use open::{IncomingSession, SessionTarget, open_session, receive_session};
+pub use stream::{StreamReader, StreamWriter};
+
+/// The host's end of a session.
+#[derive(Debug)]
+pub struct HostSession {
+    /// What the guest's process or server reads.
+    pub input: StreamWriter,
+    /// What it writes: stdout, or the server's answer.
+    pub output: StreamReader,
+    /// Its stderr.
+    pub error: StreamReader,
+    /// The session itself.
+    pub handle: SessionHandle,
+}
+
+/// The guest's end of a session.
+#[derive(Debug)]
+pub struct GuestSession {
+    /// What the host sends.
+    pub input: StreamReader,
+    /// Goes to the host: stdout, or the server's answer.
+    pub output: StreamWriter,
+    /// Goes to the host: stderr.
+    pub error: StreamWriter,
+    /// The session itself.
+    pub handle: SessionHandle,
+}

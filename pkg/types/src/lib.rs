@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Values that every podhull crate speaks of. No I/O, no state.
+//!
+//! Reading order: [`id`], [`exit`], [`port`], [`token`], [`deadline`], [`phase`].
+
+pub mod deadline;
+pub mod exit;
+pub mod id;
+pub mod phase;
+pub mod port;
+pub mod token;
+
+pub use deadline::{Deadline, Elapsed};
+pub use exit::ExitStatus;
+pub use id::{ContainerId, ExecId, IdError, ProcessRef, SandboxId};
+pub use phase::{BootPhase, BootTimes};
+pub use port::{Cid, VsockPort};
+pub use token::Token;

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that building and testing podhull need.
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/lib.sh"
+
+# package -> why it is needed; printed when it has to be installed.
+PACKAGES=(
+  "qemu-system-x86:the VMM that runs each pod"
+  "containerd:containerd 1.6, one of the two releases under test"
+  "runc:the runtime that podhull is compared with"
+  "containernetworking-plugins:CNI plugins for the test node"
+  "busybox-static:the only program in the test image"
+  "iproute2:ip and tc, to look at the network from outside"
+  "nftables:nft, to look at redirect rules from outside"
+  "iptables:used by the CNI plugins for masquerading"
+  "protobuf-compiler:needed by the build of the k8s-cri crate"
+  "libseccomp-dev:linked by the shim's helpers and, statically, by the agent"
+  "libcap-ng-dev:linked by virtiofsd's library"
+  "pkg-config:finds the two libraries above"
+  "linux-source-6.12:the guest kernel's source"
+  "flex:kernel build"
+  "bison:kernel build"
+  "bc:kernel build"
+  "libelf-dev:kernel build, and libelf.a for the agent's device filter"
+  "zlib1g-dev:libz.a for the agent's device filter"
+  "libssl-dev:kernel build"
+  "cpio:kernel build"
+  "xz-utils:unpacks the kernel's source"
+  "gcc:C compiler"
+  "make:kernel build"
+)
+
+missing=()
+for entry in "${PACKAGES[@]}"; do
+  name=${entry%%:*}
+  if ! dpkg-query -W -f '${db:Status-Status}\n' "$name" 2>/dev/null | grep -qx installed; then
+    missing+=("$name")
+    say "package $name is missing: ${entry#*:}"
+  fi
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+[ "$(id -u)" = 0 ] || die "installing packages needs root: apt-get install ${missing[*]}"
+say "installing ${#missing[@]} packages with apt-get"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+# A package's service must not start here: this machine may run its own.
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$CACHE/apt.log" 2>&1 \
+  || { tail -20 "$CACHE/apt.log" >&2; die "apt-get install failed; whole log: $CACHE/apt.log"; }
