@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The session protocol, both ends on a socket pair.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;

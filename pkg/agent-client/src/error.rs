@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What can go wrong with the agent, and the one mapping from its status codes.
+
+use podhull_transport::TransportError;
+use tonic::{Code, Status};
+
+/// Why the agent said no.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RpcKind {
+    /// The request cannot be served as it is.
+    Invalid,
+    /// What the request names does not exist.
+    NotFound,
+    /// What the request would make exists already.
+    AlreadyExists,
+    /// Not possible in the present state.
+    WrongState,
+    /// Try again later.
+    Unavailable,
+    /// The agent's own deadline passed.
+    DeadlineExceeded,
+    /// The guest ran out of something.
+    Exhausted,
+    /// The agent does not know the call.
+    Unimplemented,
+    /// Anything else.
+    Internal,
+}
+
+impl From<Code> for RpcKind {
+    fn from(code: Code) -> Self {
+        match code {
+            Code::InvalidArgument | Code::OutOfRange => Self::Invalid,
+            Code::NotFound => Self::NotFound,
+            Code::AlreadyExists => Self::AlreadyExists,
+            Code::FailedPrecondition => Self::WrongState,
+            Code::Unavailable | Code::Cancelled | Code::Aborted => Self::Unavailable,
+            Code::DeadlineExceeded => Self::DeadlineExceeded,
+            Code::ResourceExhausted => Self::Exhausted,
+            Code::Unimplemented => Self::Unimplemented,
+            Code::Ok
+            | Code::Unknown
+            | Code::PermissionDenied
+            | Code::Internal
+            | Code::DataLoss
+            | Code::Unauthenticated => Self::Internal,
+        }
+    }
+}
+
+/// A call to the agent, or the way to it, failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The channel is being closed.
+    #[error("the channel to the agent is closing")]
+    Closing,
+    /// The VM, or the connection to it, is gone.
+    #[error("the VM is gone ({method})")]
+    VmGone {
+        /// The call that found out.
+        method: &'static str,
+    },
+    /// The agent answered with an error.
+    #[error("{message}")]
+    Rpc {
+        /// The call.
+        method: &'static str,
+        /// What kind of error.
+        kind: RpcKind,
+        /// The agent's words.
+        message: String,
+    },
+    /// The agent did not answer in time.
+    #[error("the agent did not answer {method} in time")]
+    Deadline {
+        /// The call.
+        method: &'static str,
+    },
+    /// gRPC could not be set up.
+    #[error("set up the channel to the agent")]
+    Setup(#[source] tonic::transport::Error),
+    /// The agent never announced itself.
+    #[error("the agent did not report ready")]
+    NotReady(#[source] TransportError),
+    /// The connection cannot be used.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+impl AgentError {
+    /// A status that came back from `method`. A broken connection is told from
+    /// an answer of the agent by its source: only the former has one.
+    pub(crate) fn from_status(method: &'static str, status: &Status) -> Self {
+        if std::error::Error::source(status).is_some() {
+            return Self::VmGone { method };
+        }
+        Self::Rpc {
+            method,
+            kind: status.code().into(),
+            message: status.message().to_owned(),
+        }
+    }
+}

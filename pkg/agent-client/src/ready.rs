@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Waiting for the guest to come up.
+
+use podhull_transport::{GuestTimes, TransportError, VsockListener, welcome};
+use podhull_types::{Deadline, Token};
+
+use crate::channel::AgentChannel;
+use crate::error::AgentError;
+
+/// An agent that reported ready.
+#[derive(Debug)]
+pub struct Connected {
+    /// The channel to it, with its transport.
+    pub channel: AgentChannel,
+    /// How long the guest's part of the boot took.
+    pub times: GuestTimes,
+}
+
+/// Waits until the guest's agent dials `listener`, hands it `token` and sets up
+/// the channel on that connection. A connection that is not an agent's is
+/// closed, and the next one awaited. Cancel safe: nothing stays open.
+///
+/// # Errors
+/// [`AgentError::NotReady`] when the deadline passes or the listener ends.
+pub async fn wait_for_agent(
+    listener: &VsockListener,
+    token: &Token,
+    by: Deadline,
+) -> Result<Connected, AgentError> {
+    loop {
+        let transport = by
+            .run(listener.accept())
+            .await
+            .map_err(|source| TransportError::Deadline {
+                what: "wait for READY",
+                source,
+            })
+            .and_then(|accepted| accepted)
+            .map_err(AgentError::NotReady)?;
+        match welcome(&transport, token, by).await {
+            Ok(times) => {
+                let channel = AgentChannel::establish(transport, by).await?;
+                return Ok(Connected { channel, times });
+            }
+            Err(error) => {
+                let report = transport.close(by).await;
+                tracing::warn!(%error, %report, "not the agent");
+                if by.passed() {
+                    return Err(AgentError::NotReady(error));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+//! podhull's configuration file, by default `/etc/podhull/config.toml`.
+//!
+//! Every key has a default, an absent file means all defaults, and a key that
+//! is not known is an error: a misspelt setting must not pass silently. The
+//! file's place is fixed: neither a pod nor the environment can move it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// Where the file is.
+pub const PATH: &str = "/etc/podhull/config.toml";
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is there and cannot be read.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not TOML, or a key is unknown or has a wrong value. The
+    /// message names line, column and key.
+    #[error("{}: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and where.
+        message: String,
+    },
+    /// A value is outside its range.
+    #[error("{}: {key} = {value}: {expected}", path.display())]
+    Range {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+}
+
+/// All settings.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Guest kernel: an uncompressed ELF with a PVH entry, or a bzImage.
+    pub kernel: PathBuf,
+    /// Guest initramfs, holding the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// QEMU's program.
+    pub qemu: PathBuf,
+    /// The vhost-user vsock daemon, used where the host has no /dev/vhost-vsock.
+    pub vsock_daemon: PathBuf,
+    /// Folder for the sandboxes' sockets and shared trees.
+    pub run_dir: PathBuf,
+    /// Run pods without KVM where it does not work. Emulation is slow and not
+    /// an isolation boundary: for tests and demonstrations only.
+    pub allow_emulation: bool,
+    /// Memory of a VM whose pod has no limit, in MiB.
+    pub default_memory_mib: u32,
+    /// Added to a pod's memory limit for the guest's kernel and agent, in MiB.
+    pub guest_overhead_mib: u32,
+    /// vCPUs of a VM whose pod has no CPU limit.
+    pub default_vcpus: u32,
+    /// Most vCPUs a VM gets.
+    pub max_vcpus: u32,
+    /// Time from the VMM's start to the agent's READY, in seconds. Emulation
+    /// gets three times as much.
+    pub boot_timeout_seconds: u64,
+    /// Time for one call to the agent, in seconds. Emulation gets three times
+    /// as much.
+    pub call_timeout_seconds: u64,
+    /// Time for the ordered teardown of a sandbox, in seconds.
+    pub stop_timeout_seconds: u64,
+    /// Interval of the heartbeat, in seconds. A guest that misses one is
+    /// suspect: new calls fail fast.
+    pub heartbeat_seconds: u64,
+    /// A guest that is silent for this long is dead, in seconds.
+    pub dead_after_seconds: u64,
+    /// First of the 65,536 user and group ids from which each VM gets one of
+    /// its own. 0 runs VMMs as root, without capabilities.
+    pub first_vm_uid: u32,
+    /// Bytes of the guest's console that are kept.
+    pub console_bytes: usize,
+    /// Log filter, e.g. `info` or `podhull_sandbox=debug,info`.
+    pub log: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: "/usr/lib/podhull/vmlinux".into(),
+            initramfs: "/usr/lib/podhull/initramfs.cpio".into(),
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            vsock_daemon: "/usr/lib/podhull/vhost-device-vsock".into(),
+            run_dir: "/run/podhull".into(),
+            allow_emulation: false,
+            default_memory_mib: 256,
+            guest_overhead_mib: 64,
+            default_vcpus: 1,
+            max_vcpus: 32,
+            boot_timeout_seconds: 10,
+            call_timeout_seconds: 10,
+            stop_timeout_seconds: 20,
+            heartbeat_seconds: 5,
+            dead_after_seconds: 60,
+            first_vm_uid: 0x7000_0000,
+            console_bytes: 64 * 1024,
+            log: "info".into(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file at `path`; an absent file gives the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the key and its line.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        match fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read {
+                path: path.into(),
+                source,
+            }),
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let check = |fine: bool, key, value: String, expected| {
+            if fine {
+                return Ok(());
+            }
+            Err(ConfigError::Range {
+                path: path.into(),
+                key,
+                value,
+                expected,
+            })
+        };
+        let memory = self.default_memory_mib;
+        check(
+            (96..=1 << 20).contains(&memory),
+            "default_memory_mib",
+            memory.to_string(),
+            "expected 96 to 1048576",
+        )?;
+        let vcpus = self.max_vcpus;
+        check(
+            (1..=64).contains(&vcpus),
+            "max_vcpus",
+            vcpus.to_string(),
+            "expected 1 to 64",
+        )?;
+        let vcpus = self.default_vcpus;
+        check(
+            (1..=self.max_vcpus).contains(&vcpus),
+            "default_vcpus",
+            vcpus.to_string(),
+            "expected 1 to max_vcpus",
+        )?;
+        for (key, value) in [
+            ("boot_timeout_seconds", self.boot_timeout_seconds),
+            ("call_timeout_seconds", self.call_timeout_seconds),
+            ("stop_timeout_seconds", self.stop_timeout_seconds),
+            ("heartbeat_seconds", self.heartbeat_seconds),
+            ("dead_after_seconds", self.dead_after_seconds),
+        ] {
+            let fine = (1..=3600).contains(&value);
+            check(fine, key, value.to_string(), "expected 1 to 3600")?;
+        }
+        let console = self.console_bytes;
+        check(
+            (1024..=16 << 20).contains(&console),
+            "console_bytes",
+            console.to_string(),
+            "expected 1024 to 16777216",
+        )?;
+        for (key, value) in [
+            ("kernel", &self.kernel),
+            ("initramfs", &self.initramfs),
+            ("qemu", &self.qemu),
+            ("vsock_daemon", &self.vsock_daemon),
+            ("run_dir", &self.run_dir),
+        ] {
+            let shown = value.display().to_string();
+            check(value.is_absolute(), key, shown, "expected an absolute path")?;
+        }
+        // A socket's path must fit 108 bytes: <run_dir>/<16>/vm/vsock_4294967295.
+        let run_dir = self.run_dir.as_os_str().len();
+        check(
+            run_dir <= 60,
+            "run_dir",
+            self.run_dir.display().to_string(),
+            "expected at most 60 bytes",
+        )
+    }
+
+    /// How much longer things may take under `emulated` guests.
+    fn scale(seconds: u64, emulated: bool) -> Duration {
+        Duration::from_secs(if emulated { seconds * 3 } else { seconds })
+    }
+
+    /// Time from the VMM's start to READY.
+    #[must_use]
+    pub fn boot_timeout(&self, emulated: bool) -> Duration {
+        Self::scale(self.boot_timeout_seconds, emulated)
+    }
+
+    /// Time for one call to the agent.
+    #[must_use]
+    pub fn call_timeout(&self, emulated: bool) -> Duration {
+        Self::scale(self.call_timeout_seconds, emulated)
+    }
+
+    /// Time for a sandbox's teardown.
+    #[must_use]
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_secs(self.stop_timeout_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/podhull/config.toml"))
+    }
+
+    #[test]
+    fn an_absent_file_means_defaults() {
+        assert_eq!(
+            Config::load(Path::new("/nonexistent/x.toml")).unwrap(),
+            Config::default()
+        );
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn keys_override_defaults() {
+        let config = parse("allow_emulation = true\ndefault_memory_mib = 512\n").unwrap();
+        assert!(config.allow_emulation);
+        assert_eq!(config.default_memory_mib, 512);
+        assert_eq!(config.qemu, Config::default().qemu);
+    }
+
+    #[test]
+    fn errors_name_the_line_and_the_key() {
+        let error = parse("allow_emulation = true\nkernell = \"/x\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("line 2") && error.contains("kernell"),
+            "{error}"
+        );
+        let error = parse("\n\ndefault_vcpus = \"two\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("line 3") && error.contains("default_vcpus"),
+            "{error}"
+        );
+        let error = parse("kernel = [\n").unwrap_err().to_string();
+        assert!(error.contains("line 1"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_range_name_the_key_and_the_range() {
+        for (text, key) in [
+            ("default_memory_mib = 8", "default_memory_mib"),
+            ("max_vcpus = 65", "max_vcpus"),
+            ("heartbeat_seconds = 0", "heartbeat_seconds"),
+            ("kernel = \"vmlinux\"", "kernel"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("expected"), "{error}");
+        }
+    }
+}
