@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest's cgroup v2 tree.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use oci_spec::runtime::LinuxResources;
+use podhull_api::agent::{IoStat, StatsResponse};
+use podhull_types::{ContainerId, Deadline};
+
+use crate::error::GuestError;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// Our branch, as an OCI `cgroupsPath`.
+const BRANCH: &str = "podhull";
+/// How often a removal is tried again: the kernel says EBUSY until the last
+/// process is fully gone, and tells nobody when.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// Mounts the tree and passes every controller on to our branch.
+pub(crate) fn set_up() -> Result<(), GuestError> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("cgroup2"),
+        ROOT,
+        Some("cgroup2"),
+        flags,
+        Some("nsdelegate"),
+    )
+    .map_err(|errno| GuestError::file("mount", ROOT)(errno.into()))?;
+    delegate(Path::new(ROOT))?;
+    let branch = Path::new(ROOT).join(BRANCH);
+    fs::create_dir(&branch).map_err(GuestError::file("make cgroup", &branch))?;
+    delegate(&branch)
+}
+
+fn delegate(folder: &Path) -> Result<(), GuestError> {
+    let path = folder.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&path).map_err(GuestError::file("read", &path))?;
+    let all: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    let path = folder.join("cgroup.subtree_control");
+    fs::write(&path, all.join(" ")).map_err(GuestError::file("write", &path))
+}
+
+/// A container's cgroup.
+#[derive(Debug, Clone)]
+pub(crate) struct Cgroup(PathBuf);
+
+impl Cgroup {
+    pub(crate) fn of(container: &ContainerId) -> Self {
+        Self(Path::new(ROOT).join(BRANCH).join(container.as_str()))
+    }
+
+    /// The path that goes into an OCI spec.
+    pub(crate) fn oci_path(container: &ContainerId) -> String {
+        format!("/{BRANCH}/{container}")
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn read(&self, name: &str) -> io::Result<String> {
+        fs::read_to_string(self.0.join(name))
+    }
+
+    fn write(&self, name: &'static str, value: &str) -> Result<(), GuestError> {
+        let path = self.0.join(name);
+        fs::write(&path, value).map_err(GuestError::file("write", path))
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        self.read(name)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0)
+    }
+
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let text = self.read("cgroup.procs").unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Kills every process in it at once. An absent cgroup has none.
+    pub(crate) fn kill(&self) -> Result<(), GuestError> {
+        if !self.0.exists() {
+            return Ok(());
+        }
+        self.write("cgroup.kill", "1")
+    }
+
+    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), GuestError> {
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" })
+    }
+
+    /// How many processes the kernel killed for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let events: HashMap<String, u64> = self
+            .read("memory.events")
+            .map(|text| parse_flat(&text))
+            .unwrap_or_default();
+        events.get("oom_kill").copied().unwrap_or(0)
+    }
+
+    /// Removes it, waiting for its last process to be gone.
+    pub(crate) async fn remove(&self, by: Deadline) -> Result<(), GuestError> {
+        loop {
+            match fs::remove_dir(&self.0) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && !by.passed() => {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(GuestError::file("remove cgroup", &self.0)(error)),
+            }
+        }
+    }
+
+    /// Applies new limits; what `resources` leaves out stays.
+    pub(crate) fn update(&self, resources: &LinuxResources) -> Result<(), GuestError> {
+        let limit = |value: i64| {
+            if value < 0 {
+                "max".to_owned()
+            } else {
+                value.to_string()
+            }
+        };
+        if let Some(memory) = resources.memory() {
+            // Lowering swap's limit below memory's needs an order; there is no swap.
+            if let Some(bytes) = memory.limit() {
+                self.write("memory.max", &limit(bytes))?;
+            }
+            if let Some(bytes) = memory.reservation() {
+                self.write("memory.low", &limit(bytes))?;
+            }
+        }
+        if let Some(cpu) = resources.cpu() {
+            if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+                self.write("cpu.weight", &weight(shares).to_string())?;
+            }
+            if cpu.quota().is_some() || cpu.period().is_some() {
+                let quota = cpu.quota().filter(|quota| *quota > 0);
+                let quota = quota.map_or_else(|| "max".to_owned(), |quota| quota.to_string());
+                let period = cpu
+                    .period()
+                    .filter(|period| *period != 0)
+                    .unwrap_or(100_000);
+                self.write("cpu.max", &format!("{quota} {period}"))?;
+            }
+            if let Some(cpus) = cpu.cpus().as_ref().filter(|cpus| !cpus.is_empty()) {
+                self.write("cpuset.cpus", cpus)?;
+            }
+        }
+        if let Some(pids) = resources.pids() {
+            self.write("pids.max", &limit(pids.limit()))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn stats(&self) -> StatsResponse {
+        let flat = |name: &str| {
+            self.read(name)
+                .map(|text| parse_flat(&text))
+                .unwrap_or_default()
+        };
+        StatsResponse {
+            cpu_stat: flat("cpu.stat"),
+            memory_current: self.number("memory.current"),
+            memory_max: self.number("memory.max"),
+            memory_stat: flat("memory.stat"),
+            memory_events: flat("memory.events"),
+            pids_current: self.number("pids.current"),
+            pids_max: self.number("pids.max"),
+            io: self
+                .read("io.stat")
+                .map(|text| parse_io(&text))
+                .unwrap_or_default(),
+            memory_swap_current: self.number("memory.swap.current"),
+            memory_swap_max: self.number("memory.swap.max"),
+        }
+    }
+}
+
+/// cgroup v1 CPU shares as a v2 weight, by runc's formula.
+fn weight(shares: u64) -> u64 {
+    (1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142).clamp(1, 10_000)
+}
+
+/// A flat keyed file: `key value` lines.
+fn parse_flat<K: FromStr + std::hash::Hash + Eq>(text: &str) -> HashMap<K, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(' ')?;
+            Some((key.parse().ok()?, value.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+/// io.stat: `major:minor key=value …` lines.
+fn parse_io(text: &str) -> Vec<IoStat> {
+    text.lines()
+        .filter_map(|line| {
+            let (device, rest) = line.split_once(' ')?;
+            let (major, minor) = device.split_once(':')?;
+            let values: HashMap<&str, u64> = rest
+                .split_whitespace()
+                .filter_map(|pair| pair.split_once('='))
+                .filter_map(|(key, value)| Some((key, value.parse().ok()?)))
+                .collect();
+            let value = |key| values.get(key).copied().unwrap_or(0);
+            Some(IoStat {
+                major: major.parse().ok()?,
+                minor: minor.parse().ok()?,
+                rbytes: value("rbytes"),
+                wbytes: value("wbytes"),
+                rios: value("rios"),
+                wios: value("wios"),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights_as_with_runc() {
+        assert_eq!(
+            (weight(2), weight(1024), weight(262_144), weight(0)),
+            (1, 39, 10_000, 1)
+        );
+    }
+
+    #[test]
+    fn flat_files_are_parsed_and_odd_lines_skipped() {
+        let parsed: HashMap<String, u64> = parse_flat("low 0\noom_kill 3\nodd\nmax x\n");
+        assert_eq!(parsed.get("oom_kill"), Some(&3));
+        assert_eq!(parsed.len(), 2);
+    }
+
+    #[test]
+    fn io_is_told_by_device() {
+        let io = parse_io("254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n");
+        assert_eq!(io.len(), 1);
+        assert_eq!((io[0].major, io[0].rbytes, io[0].wios), (254, 10, 2));
+    }
+}

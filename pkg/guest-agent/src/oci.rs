@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The helpers' side: `podhull-agent oci create | exec | pause`.
+
+pub mod create;
+pub mod exec;
+pub mod executor;
+mod floor;
+pub mod lookup;
+pub mod pause;
+
+use std::process::ExitCode;
+
+/// Runs a helper; `None` if `name` is none. The process must have one thread.
+#[must_use]
+pub fn main(name: &str) -> Option<ExitCode> {
+    let done = match name {
+        "create" => create::main(),
+        "exec" => exec::main(),
+        "pause" => pause::main(),
+        _ => return None,
+    };
+    Some(if done {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

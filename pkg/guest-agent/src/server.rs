@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The control channel's service: requests in, [`Containers`] does the work.
+
+use std::fs;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures::Stream;
+use nix::mount::{MsFlags, mount};
+use nix::sys::time::TimeSpec;
+use podhull_api::agent::agent_server::Agent;
+use podhull_api::agent::{self, Event};
+use podhull_types::{ContainerId, Deadline, ExecId, ProcessRef};
+use tokio::sync::Notify;
+use tonic::{Request, Response, Status};
+
+use crate::containers::{Containers, now_ns};
+use crate::error::GuestError;
+use crate::events::Events;
+use crate::init::{SHARE, SHM};
+use crate::network;
+
+/// The usual size of a pod's /dev/shm.
+const DEFAULT_SHM: u64 = 64 << 20;
+
+/// The service.
+#[derive(Debug)]
+pub struct Service {
+    containers: Containers,
+    events: Events,
+    /// Told when the VM may end.
+    ended: std::sync::Arc<Notify>,
+}
+
+impl Service {
+    /// A service on `containers`; `ended` is told after a Shutdown.
+    #[must_use]
+    pub fn new(containers: Containers, events: Events, ended: std::sync::Arc<Notify>) -> Self {
+        Self {
+            containers,
+            events,
+            ended,
+        }
+    }
+}
+
+fn container(id: &str) -> Result<ContainerId, GuestError> {
+    Ok(ContainerId::new(id)?)
+}
+
+fn process(container_id: &str, exec_id: &str) -> Result<ProcessRef, GuestError> {
+    let container = container(container_id)?;
+    let exec = if exec_id.is_empty() {
+        None
+    } else {
+        Some(ExecId::new(exec_id)?)
+    };
+    Ok(ProcessRef { container, exec })
+}
+
+fn set_clock(ns: i64) -> Result<(), GuestError> {
+    if ns <= 0 {
+        return Ok(());
+    }
+    let time = TimeSpec::new(ns / 1_000_000_000, ns % 1_000_000_000);
+    nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, time)
+        .map_err(GuestError::system("set the clock"))
+}
+
+fn set_sysctl(name: &str, value: &str) -> Result<(), GuestError> {
+    let fine = name.split(['.', '/']).all(|part| {
+        !part.is_empty()
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
+    });
+    if !fine {
+        return Err(GuestError::Invalid {
+            field: "sysctls",
+            reason: format!("{name:?} is no name"),
+        });
+    }
+    let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
+    fs::write(&path, value).map_err(GuestError::file("write", path))
+}
+
+async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> {
+    set_clock(request.wall_clock_ns)?;
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname)
+            .map_err(GuestError::system("set the hostname"))?;
+    }
+    if !request.domainname.is_empty() {
+        let path = "/proc/sys/kernel/domainname";
+        fs::write(path, &request.domainname).map_err(GuestError::file("write", path))?;
+    }
+    if !request.share_tag.is_empty() {
+        // Set-user-id programs of images must work, so no MS_NOSUID here.
+        let flags = MsFlags::MS_NODEV;
+        mount(
+            Some(request.share_tag.as_str()),
+            SHARE,
+            Some("virtiofs"),
+            flags,
+            None::<&str>,
+        )
+        .map_err(|errno| GuestError::file("mount the shared tree at", SHARE)(errno.into()))?;
+    }
+    let size = if request.shm_size == 0 {
+        DEFAULT_SHM
+    } else {
+        request.shm_size
+    };
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    let options = format!("mode=1777,size={size}");
+    mount(
+        Some("shm"),
+        SHM,
+        Some("tmpfs"),
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(|errno| GuestError::file("mount", SHM)(errno.into()))?;
+    network::configure(request).await?;
+    for (name, value) in &request.sysctls {
+        set_sysctl(name, value)?;
+    }
+    Ok(())
+}
+
+type EventStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Agent for Service {
+    type EventsStream = EventStream;
+
+    async fn configure(
+        &self,
+        request: Request<agent::ConfigureRequest>,
+    ) -> Result<Response<agent::ConfigureResponse>, Status> {
+        configure(&request.into_inner()).await?;
+        Ok(Response::new(agent::ConfigureResponse {}))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<agent::CreateContainerRequest>,
+    ) -> Result<Response<agent::CreateContainerResponse>, Status> {
+        let request = request.into_inner();
+        let pid_namespace = request.pid_namespace();
+        let pid = self
+            .containers
+            .create(
+                container(&request.container_id)?,
+                &request.spec_json,
+                &request.rootfs,
+                request.stdio.unwrap_or_default(),
+                pid_namespace,
+                &request.pid_target,
+            )
+            .await?;
+        let pid = pid.as_raw().unsigned_abs();
+        Ok(Response::new(agent::CreateContainerResponse { pid }))
+    }
+
+    async fn create_exec(
+        &self,
+        request: Request<agent::CreateExecRequest>,
+    ) -> Result<Response<agent::CreateExecResponse>, Status> {
+        let request = request.into_inner();
+        let id = process(&request.container_id, &request.exec_id)?;
+        let stdio = request.stdio.unwrap_or_default();
+        self.containers
+            .create_exec(&id, &request.process_json, stdio)?;
+        Ok(Response::new(agent::CreateExecResponse {}))
+    }
+
+    async fn start(
+        &self,
+        request: Request<agent::StartRequest>,
+    ) -> Result<Response<agent::StartResponse>, Status> {
+        let request = request.into_inner();
+        let id = process(&request.container_id, &request.exec_id)?;
+        let pid = self.containers.start(&id).await?;
+        Ok(Response::new(agent::StartResponse {
+            pid: pid.as_raw().unsigned_abs(),
+        }))
+    }
+
+    async fn signal(
+        &self,
+        request: Request<agent::SignalRequest>,
+    ) -> Result<Response<agent::SignalResponse>, Status> {
+        let request = request.into_inner();
+        let id = process(&request.container_id, &request.exec_id)?;
+        self.containers.signal(&id, request.signal, request.all)?;
+        Ok(Response::new(agent::SignalResponse {}))
+    }
+
+    async fn resize(
+        &self,
+        request: Request<agent::ResizeRequest>,
+    ) -> Result<Response<agent::ResizeResponse>, Status> {
+        let request = request.into_inner();
+        let id = process(&request.container_id, &request.exec_id)?;
+        self.containers.resize(&id, request.columns, request.rows)?;
+        Ok(Response::new(agent::ResizeResponse {}))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<agent::DeleteRequest>,
+    ) -> Result<Response<agent::DeleteResponse>, Status> {
+        let request = request.into_inner();
+        let id = process(&request.container_id, &request.exec_id)?;
+        let code = self.containers.delete(&id).await?;
+        let exit = code.map(|code| agent::Exit {
+            code: code.into(),
+            at_ns: now_ns(),
+        });
+        Ok(Response::new(agent::DeleteResponse { exit }))
+    }
+
+    async fn pids(
+        &self,
+        request: Request<agent::PidsRequest>,
+    ) -> Result<Response<agent::PidsResponse>, Status> {
+        let pids = self
+            .containers
+            .pids(&container(&request.into_inner().container_id)?)?;
+        Ok(Response::new(agent::PidsResponse { pids }))
+    }
+
+    async fn pause(
+        &self,
+        request: Request<agent::PauseRequest>,
+    ) -> Result<Response<agent::PauseResponse>, Status> {
+        self.containers
+            .freeze(&container(&request.into_inner().container_id)?, true)?;
+        Ok(Response::new(agent::PauseResponse {}))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<agent::ResumeRequest>,
+    ) -> Result<Response<agent::ResumeResponse>, Status> {
+        self.containers
+            .freeze(&container(&request.into_inner().container_id)?, false)?;
+        Ok(Response::new(agent::ResumeResponse {}))
+    }
+
+    async fn update(
+        &self,
+        request: Request<agent::UpdateRequest>,
+    ) -> Result<Response<agent::UpdateResponse>, Status> {
+        let request = request.into_inner();
+        self.containers
+            .update(&container(&request.container_id)?, &request.resources_json)?;
+        Ok(Response::new(agent::UpdateResponse {}))
+    }
+
+    async fn stats(
+        &self,
+        request: Request<agent::StatsRequest>,
+    ) -> Result<Response<agent::StatsResponse>, Status> {
+        let stats = self
+            .containers
+            .stats(&container(&request.into_inner().container_id)?)?;
+        Ok(Response::new(stats))
+    }
+
+    async fn events(
+        &self,
+        request: Request<agent::EventsRequest>,
+    ) -> Result<Response<EventStream>, Status> {
+        let after = request.into_inner().after_sequence;
+        self.events.acknowledge(after);
+        let events = self.events.clone();
+        let stream = futures::stream::unfold(after, move |after| {
+            let events = events.clone();
+            async move {
+                let event = events.after(after).await;
+                let sequence = event.sequence;
+                Some((Ok(event), sequence))
+            }
+        });
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn ping(
+        &self,
+        request: Request<agent::PingRequest>,
+    ) -> Result<Response<agent::PingResponse>, Status> {
+        self.events
+            .acknowledge(request.into_inner().acknowledged_sequence);
+        Ok(Response::new(agent::PingResponse {
+            wall_clock_ns: now_ns(),
+        }))
+    }
+
+    async fn shutdown(
+        &self,
+        request: Request<agent::ShutdownRequest>,
+    ) -> Result<Response<agent::ShutdownResponse>, Status> {
+        let time = Duration::from_millis(request.into_inner().deadline_ms.into());
+        let mut problems = self.containers.end_all(Deadline::after(time)).await;
+        nix::unistd::sync();
+        // What is still mounted from it keeps it busy; the host must know.
+        if let Err(errno) = nix::mount::umount2(SHARE, nix::mount::MntFlags::MNT_DETACH)
+            && errno != nix::errno::Errno::EINVAL
+        {
+            problems.push(format!("unmount the shared tree: {errno}"));
+        }
+        self.ended.notify_one();
+        Ok(Response::new(agent::ShutdownResponse { problems }))
+    }
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Accepting the host's sessions.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use podhull_transport::{
+    GuestSession, IncomingSession, SessionTarget, VsockListener, VsockTransport, receive_session,
+};
+use podhull_types::{Deadline, ProcessRef, Token};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::containers::Containers;
+use crate::stdio;
+
+/// Time for a session's first frame: the host sends it at once.
+const GREETING: Duration = Duration::from_secs(10);
+const BUFFER: usize = 64 * 1024;
+
+/// Accepts sessions until the listener ends. One that fails ends only itself.
+pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Containers) {
+    loop {
+        match listener.accept().await {
+            Ok(transport) => {
+                tokio::spawn(session(transport, token.clone(), containers.clone()));
+            }
+            Err(error) => {
+                tracing::error!(%error, "no more sessions");
+                return;
+            }
+        }
+    }
+}
+
+async fn session(transport: VsockTransport, token: Token, containers: Containers) {
+    let by = Deadline::after(GREETING);
+    match receive_session(transport, &token, by).await {
+        Ok(incoming) => match incoming.target().clone() {
+            SessionTarget::Process(id) => process(incoming, &id, &containers, by).await,
+            SessionTarget::Forward { port } => forward(incoming, port, by).await,
+        },
+        Err(error) => tracing::warn!(%error, "session refused"),
+    }
+}
+
+async fn process(
+    incoming: IncomingSession,
+    id: &ProcessRef,
+    containers: &Containers,
+    by: Deadline,
+) {
+    let process = match containers.process(id) {
+        Ok(process) => process,
+        Err(error) => return incoming.refuse(&error.to_string(), by).await,
+    };
+    let session = match incoming.accept(by).await {
+        Ok(session) => session,
+        Err(error) => {
+            tracing::debug!(process = %id, %error, "the host is gone");
+            return;
+        }
+    };
+    // An added process's terminal is there once it was started.
+    let ends = tokio::select! {
+        ends = process.take_ends() => ends,
+        () = process.give_up.cancelled() => None,
+        () = session.handle.closed() => None,
+    };
+    let Some(ends) = ends else {
+        let report = session.handle.close(Deadline::after(GREETING)).await;
+        tracing::debug!(process = %id, %report, "session of a process that never ran");
+        return;
+    };
+    stdio::relay(ends, session, process.exit(), process.give_up.clone()).await;
+}
+
+/// Connects to a server on the guest's loopback.
+async fn connect(port: u16, by: Deadline) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::ConnectionRefused);
+    for address in [
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ] {
+        match by
+            .run(TcpStream::connect(SocketAddr::new(address, port)))
+            .await
+        {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => last = error,
+            Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+    Err(last)
+}
+
+async fn forward(incoming: IncomingSession, port: u16, by: Deadline) {
+    let stream = match connect(port, by).await {
+        Ok(stream) => stream,
+        Err(error) => return incoming.refuse(&format!("port {port}: {error}"), by).await,
+    };
+    let session = match incoming.accept(by).await {
+        Ok(session) => session,
+        Err(error) => {
+            tracing::debug!(port, %error, "the host is gone");
+            return;
+        }
+    };
+    let GuestSession {
+        mut input,
+        mut output,
+        error,
+        handle,
+    } = session;
+    drop(error);
+    let (mut from_server, mut to_server) = stream.into_split();
+    let there = copy(&mut input, &mut to_server);
+    let back = copy(&mut from_server, &mut output);
+    let both = async {
+        let (there, back) = tokio::join!(there, back);
+        for result in [there, back] {
+            if let Err(error) = result {
+                tracing::debug!(port, %error, "forwarded connection cut");
+            }
+        }
+        handle.closed().await;
+    };
+    tokio::select! {
+        () = both => {}
+        () = handle.closed() => {}
+    }
+    let report = handle.close(Deadline::after(GREETING)).await;
+    tracing::debug!(port, %report, "forwarded connection closed");
+}
+
+/// Copies until the end, and passes that on: the other direction stays.
+async fn copy(
+    from: &mut (impl tokio::io::AsyncRead + Unpin),
+    to: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..count]).await?;
+    }
+}
