@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A stock containerd as a supervised child, on a private socket.
+
+mod config;
+
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
+
+pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6, podhull as podhull_config};
+
+use crate::cri::Client;
+use crate::image;
+use crate::programs::Programs;
+
+const SOCKET: &str = "/run/containerd/containerd.sock";
+const CONFIG: &str = "/etc/containerd/config.toml";
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(50);
+
+/// The releases under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Release {
+    /// Debian 12's package, 1.6.
+    Debian16,
+    /// 2.4, built by the set-up.
+    V2_4,
+}
+
+impl Release {
+    /// As on a command line: `1.6` or `2.4`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debian16 => "1.6",
+            Self::V2_4 => "2.4",
+        }
+    }
+
+    /// The release called `name`.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Debian16, Self::V2_4]
+            .into_iter()
+            .find(|release| release.name() == name)
+    }
+
+    fn program(self, programs: &Programs, name: &str) -> PathBuf {
+        match self {
+            Self::Debian16 => Path::new("/usr/bin").join(name),
+            Self::V2_4 => programs.containerd_2.join(name),
+        }
+    }
+}
+
+/// One running containerd. Only one at a time in a node: it uses the usual paths.
+#[derive(Debug)]
+pub struct Containerd {
+    release: Release,
+    programs: Programs,
+    log: PathBuf,
+    child: Option<Child>,
+    client: Client,
+}
+
+impl Containerd {
+    /// Writes the node's configuration, starts containerd, imports the images,
+    /// and returns when pods can be run.
+    ///
+    /// # Errors
+    /// If containerd does not become ready; the end of its log is quoted.
+    pub async fn start(release: Release, programs: &Programs, folder: &Path) -> Result<Self> {
+        write("/etc/cni/net.d/10-bridge.conflist", &config::cni())?;
+        write("/etc/podhull/config.toml", &config::podhull(programs))?;
+        write(CONFIG, &config::containerd(release, Path::new(SOCKET)))?;
+        install_shim(programs)?;
+        let mut containerd = Self {
+            release,
+            programs: programs.clone(),
+            log: folder.join("containerd.log"),
+            child: None,
+            client: Client::new(Path::new(SOCKET))?,
+        };
+        containerd.spawn().await?;
+        containerd.import(folder).await?;
+        Ok(containerd)
+    }
+
+    /// Which release this is.
+    #[must_use]
+    pub fn release(&self) -> Release {
+        self.release
+    }
+
+    /// The CRI services of this containerd; they survive its restarts.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// containerd's process, if it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().and_then(Child::id)
+    }
+
+    /// What containerd logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read(&self.log)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    async fn spawn(&mut self) -> Result<()> {
+        let program = self.release.program(&self.programs, "containerd");
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .context("open containerd's log")?;
+        let path = format!(
+            "{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            program.parent().unwrap_or(Path::new("/usr/bin")).display()
+        );
+        // A clean environment: neither the shims nor CNI shall see the tests'.
+        let child = Command::new(&program)
+            .args(["--config", CONFIG])
+            .env_clear()
+            .env("PATH", path)
+            .env("HOME", "/root")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("containerd's log")?)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("start {}", program.display()))?;
+        self.child = Some(child);
+        self.ready().await
+    }
+
+    /// Waits for CRI to say that runtime and network are ready.
+    async fn ready(&mut self) -> Result<()> {
+        let by = Instant::now() + READY_WITHIN;
+        loop {
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait().context("look at containerd")?
+            {
+                self.child = None;
+                bail!("containerd ended: {status}\n{}", self.log_tail());
+            }
+            let state = match self.client.not_ready().await {
+                Ok(conditions) if conditions.is_empty() => return Ok(()),
+                Ok(conditions) => conditions.join(", "),
+                Err(error) => format!("{error:#}"),
+            };
+            ensure!(
+                Instant::now() < by,
+                "containerd is not ready after {READY_WITHIN:?}: {state}\n{}",
+                self.log_tail()
+            );
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn import(&mut self, folder: &Path) -> Result<()> {
+        let archive = folder.join("images.tar");
+        image::write_archive(&archive)?;
+        let archive_name = archive.to_string_lossy();
+        self.ctr(&["images", "import", &archive_name]).await?;
+        fs::remove_file(&archive).context("remove the archive")?;
+        // CRI learns of new images by events.
+        let by = Instant::now() + READY_WITHIN;
+        for name in [image::PAUSE, image::BUSYBOX] {
+            while !self.client.has_image(name).await? {
+                ensure!(Instant::now() < by, "CRI does not see the image {name}");
+                tokio::time::sleep(POLL).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `ctr` in the namespace of Kubernetes and gives its stdout.
+    ///
+    /// # Errors
+    /// If it fails; its stderr is quoted.
+    pub async fn ctr(&self, args: &[&str]) -> Result<String> {
+        let output = self.ctr_command(args).output().await.context("run ctr")?;
+        ensure!(
+            output.status.success(),
+            "ctr {}: {}: {}",
+            args.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        String::from_utf8(output.stdout).context("ctr's output")
+    }
+
+    /// The command for `ctr` in the namespace of Kubernetes.
+    #[must_use]
+    pub fn ctr_command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.release.program(&self.programs, "ctr"));
+        command
+            .args(["--address", SOCKET, "--namespace", "k8s.io"])
+            .args(args)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        command
+    }
+
+    /// Ends containerd with `signal` and waits for it. Pods go on.
+    ///
+    /// # Errors
+    /// If it does not end within its time.
+    pub async fn stop(&mut self, signal: Signal) -> Result<()> {
+        let Some(mut child) = self.child.take() else {
+            return Ok(());
+        };
+        if let Some(pid) = child.id() {
+            kill(Pid::from_raw(pid.cast_signed()), signal).context("signal containerd")?;
+        }
+        match tokio::time::timeout(STOP_WITHIN, child.wait()).await {
+            Ok(status) => {
+                status.context("wait for containerd")?;
+                Ok(())
+            }
+            Err(_) => bail!("containerd still runs {STOP_WITHIN:?} after {signal}"),
+        }
+    }
+
+    /// Starts it again after [`Containerd::stop`].
+    ///
+    /// # Errors
+    /// If it does not become ready.
+    pub async fn start_again(&mut self) -> Result<()> {
+        ensure!(self.child.is_none(), "containerd already runs");
+        self.spawn().await
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+/// Puts the shim where containerd finds it by name: the opt plugin's `bin`.
+fn install_shim(programs: &Programs) -> Result<()> {
+    let bin = Path::new(config::OPT).join("bin");
+    fs::create_dir_all(&bin).context("create containerd's opt folder")?;
+    if programs.shim.exists() {
+        fs::copy(&programs.shim, bin.join("containerd-shim-podhull-v2"))
+            .context("copy the shim")?;
+    }
+    Ok(())
+}
+
+fn write(path: &str, text: &str) -> Result<()> {
+    let path = Path::new(path);
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+    }
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The configuration files of a node: containerd's in both dialects, CNI's,
+//! and podhull's.
+
+use std::path::Path;
+
+use super::Release;
+use crate::image::PAUSE;
+use crate::programs::Programs;
+
+/// The bridge of the node's pods.
+pub const BRIDGE: &str = "cni0";
+/// Its IPv4 network and its own address there.
+pub const SUBNET_V4: (&str, &str) = ("10.88.0.0/16", "10.88.0.1");
+/// Its IPv6 network and its own address there.
+pub const SUBNET_V6: (&str, &str) = ("fd00:10:88::/64", "fd00:10:88::1");
+
+pub(super) const OPT: &str = "/var/lib/containerd/opt";
+
+/// Handlers, their runtime types, and whether the shim itself is the sandboxer.
+const HANDLERS: [(&str, &str, bool); 3] = [
+    ("runc", "io.containerd.runc.v2", false),
+    ("podhull", "io.containerd.podhull.v2", false),
+    ("podhull-sandbox", "io.containerd.podhull.v2", true),
+];
+
+/// containerd's own file.
+#[must_use]
+pub(super) fn containerd(release: Release, socket: &Path) -> String {
+    let (version, cri, head) = match release {
+        Release::Debian16 => (
+            2,
+            "io.containerd.grpc.v1.cri",
+            format!(
+                r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{PAUSE}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "/etc/cni/net.d"
+"#
+            ),
+        ),
+        Release::V2_4 => (
+            3,
+            "io.containerd.cri.v1.runtime",
+            format!(
+                r#"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{PAUSE}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  netns_mounts_under_state_dir = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "/etc/cni/net.d"
+"#
+            ),
+        ),
+    };
+    let mut text = format!(
+        r#"version = {version}
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+  address = "{}"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{OPT}"
+{head}"#,
+        socket.display()
+    );
+    for (handler, runtime_type, shim_is_sandboxer) in HANDLERS {
+        if shim_is_sandboxer && release == Release::Debian16 {
+            continue;
+        }
+        text += &format!(
+            "[plugins.\"{cri}\".containerd.runtimes.{handler}]\n  runtime_type = \"{runtime_type}\"\n"
+        );
+        if handler != "runc" {
+            // A guest has devices of its own; the host's are not passed on.
+            text += "  privileged_without_host_devices = true\n";
+            text += "  pod_annotations = [\"podhull.dev/*\"]\n";
+        }
+        if shim_is_sandboxer {
+            text += "  sandboxer = \"shim\"\n";
+        }
+    }
+    text
+}
+
+/// A dual-stack bridge with addresses from host-local, and port mappings.
+#[must_use]
+pub(super) fn cni() -> String {
+    let range = |(subnet, gateway): (&str, &str)| serde_json::json!([{"subnet": subnet, "gateway": gateway}]);
+    serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "podhull-test",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": BRIDGE,
+                "isGateway": true,
+                "ipMasq": true,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": "/run/cni/networks",
+                    "ranges": [range(SUBNET_V4), range(SUBNET_V6)],
+                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    })
+    .to_string()
+}
+
+/// podhull's file, for guests that may have to be emulated.
+#[must_use]
+pub fn podhull(programs: &Programs) -> String {
+    format!(
+        "kernel = {:?}\ninitramfs = {:?}\nqemu = {:?}\nvsock_daemon = {:?}\nallow_emulation = true\nlog = \"debug\"\n",
+        programs.kernel, programs.initramfs, programs.qemu, programs.vsock_daemon
+    )
+}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where the programs under test are: taken from the environment, which the
+//! Makefile sets, else from the places where `make` puts them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+
+/// The version of containerd 2 under test.
+pub const CONTAINERD_2: &str = "2.4.2";
+const VSOCK_DAEMON: &str = "0.3.0";
+
+/// The programs and files of the product, and what it needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// `containerd-shim-podhull-v2`.
+    pub shim: PathBuf,
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's initramfs.
+    pub initramfs: PathBuf,
+    /// QEMU.
+    pub qemu: PathBuf,
+    /// The vhost-user vsock daemon.
+    pub vsock_daemon: PathBuf,
+    /// The folder with containerd 2, its ctr and its runc shim.
+    pub containerd_2: PathBuf,
+}
+
+impl Programs {
+    /// From the environment, or where `make` puts them.
+    #[must_use]
+    pub fn find() -> Self {
+        let root = workspace();
+        let cache = cache();
+        let target =
+            env::var_os("CARGO_TARGET_DIR").map_or_else(|| cache.join("target"), PathBuf::from);
+        let or = |name: &str, default: PathBuf| env::var_os(name).map_or(default, PathBuf::from);
+        Self {
+            shim: or(
+                "PODHULL_SHIM",
+                target.join("release/containerd-shim-podhull-v2"),
+            ),
+            kernel: or("PODHULL_KERNEL", root.join("target/guest/vmlinux")),
+            initramfs: or(
+                "PODHULL_INITRAMFS",
+                root.join("target/guest/initramfs.cpio"),
+            ),
+            qemu: or("PODHULL_QEMU", "/usr/bin/qemu-system-x86_64".into()),
+            vsock_daemon: or(
+                "PODHULL_VSOCK_DAEMON",
+                cache.join(format!(
+                    "bin/vhost-device-vsock-{VSOCK_DAEMON}/vhost-device-vsock"
+                )),
+            ),
+            containerd_2: or(
+                "PODHULL_CONTAINERD_24",
+                cache.join(format!("bin/containerd-{CONTAINERD_2}")),
+            ),
+        }
+    }
+
+    /// Fails with the name of the first file of the product that is missing.
+    ///
+    /// # Errors
+    /// If one is missing.
+    pub fn check(&self) -> Result<()> {
+        for (file, made_by) in [
+            (&self.shim, "make shim"),
+            (&self.kernel, "make guest"),
+            (&self.initramfs, "make guest"),
+            (&self.qemu, "make packages"),
+            (&self.vsock_daemon, "make tools"),
+        ] {
+            ensure!(file.is_file(), "{} is missing: {made_by}", file.display());
+        }
+        Ok(())
+    }
+}
+
+/// The root of the checkout.
+#[must_use]
+pub fn workspace() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors().nth(2).unwrap_or(here).to_path_buf()
+}
+
+/// Where everything is kept that is built once.
+#[must_use]
+pub fn cache() -> PathBuf {
+    if let Some(cache) = env::var_os("PODHULL_CACHE") {
+        return cache.into();
+    }
+    env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
+        .unwrap_or_else(|| "/var/cache".into())
+        .join("podhull")
+}
