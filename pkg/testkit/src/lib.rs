@@ -17,6 +17,7 @@ pub mod cri;
 pub mod image;
 pub mod namespaces;
 pub mod node;
+pub mod oracle;
 pub mod programs;
 
 pub use containerd::{Containerd, Release};

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets. Everything built once is kept in $(CACHE), outside the checkout.
+SHELL := /bin/bash
+
+CACHE ?= $(or $(PODHULL_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/podhull)
+export PODHULL_CACHE := $(CACHE)
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+export CARGO_TERM_COLOR ?= auto
+
+TRIPLE  := x86_64-unknown-linux-gnu
+RELEASE := $(CARGO_TARGET_DIR)/release
+GUEST   := target/guest
+AGENT   := $(CARGO_TARGET_DIR)/agent/$(TRIPLE)/release/podhull-agent
+SETUP   := tests/setup
+
+# The programs under test; the suites read these.
+export PODHULL_SHIM         ?= $(RELEASE)/containerd-shim-podhull-v2
+export PODHULL_KERNEL       ?= $(CURDIR)/$(GUEST)/vmlinux
+export PODHULL_INITRAMFS    ?= $(CURDIR)/$(GUEST)/initramfs.cpio
+export PODHULL_VSOCK_DAEMON ?= $(CACHE)/bin/vhost-device-vsock-0.3.0/vhost-device-vsock
+export PODHULL_CONTAINERD_24 ?= $(CACHE)/bin/containerd-2.4.2
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -ts $$'\t'
+
+.PHONY: demo
+demo: packages tools guest shim ## a pod in its own microVM on a stock containerd, from nothing
+	@cargo run --quiet --release -p podhull-demo
+
+.PHONY: test
+test: ## everything that must pass before a change lands
+	@tests/run-tests.sh
+
+.PHONY: guest
+guest: kernel initramfs ## kernel and initramfs for the guest, in target/guest
+
+.PHONY: shim
+shim: packages ## the shim's release build
+	@cargo build --release --locked -p containerd-shim-podhull-v2
+
+.PHONY: lint
+lint: packages ## rustfmt, clippy, rustdoc, cargo-deny, tidiness
+	@tests/lint.sh
+
+.PHONY: test-unit
+test-unit: packages ## unit and crate tests
+	@tests/unit.sh
+
+.PHONY: test-cri
+test-cri: packages tools guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
+	@cargo run --quiet --release -p podhull-cri-tests -- --containerd $(or $(CONTAINERD),all) $(FILTER)
+
+.PHONY: bench-quick
+bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table
+	@cargo run --quiet --release -p podhull-bench -- quick
+
+# --- parts ---------------------------------------------------------------------
+.PHONY: packages
+packages:
+	@$(SETUP)/packages.sh
+
+.PHONY: tools
+tools: packages
+	@$(SETUP)/containerd.sh
+	@$(SETUP)/vsock-daemon.sh
+
+.PHONY: kernel
+kernel: packages
+	@deploy/guest/build-kernel.sh $(GUEST)/vmlinux
+
+.PHONY: initramfs
+initramfs: packages
+	@deploy/guest/build-agent.sh
+	@deploy/guest/build-initramfs.sh $(AGENT) $(GUEST)/initramfs.cpio
+
+.PHONY: clean
+clean: ## removes target/ (the cache stays; its place: make cache)
+	@rm -rf target
+
+.PHONY: cache
+cache: ## prints the cache's folder
+	@echo $(CACHE)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Builds podhull-agent as one static program.
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/../../tests/setup/lib.sh"
+
+triple=x86_64-unknown-linux-gnu
+libs=/usr/lib/x86_64-linux-gnu
+for lib in libseccomp.a libelf.a libz.a; do
+  [ -f "$libs/$lib" ] || die "$libs/$lib is missing: run tests/setup/packages.sh"
+done
+
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}/agent
+export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libs
+# Paths of this machine must not end up in the program: two builds are compared.
+export RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo"
+cd "$ROOT" && exec cargo build --release --locked --target "$triple" -p podhull-agent

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Packs the agent into an initramfs. The same agent gives the same bytes.
+# Usage: build-initramfs.sh AGENT OUTPUT
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/../../tests/setup/lib.sh"
+
+agent=${1:?usage: build-initramfs.sh AGENT OUTPUT}
+out=${2:?usage: build-initramfs.sh AGENT OUTPUT}
+[ -x "$agent" ] || die "agent $agent is missing: build podhull-agent first"
+if readelf -l "$agent" | grep -q INTERP; then
+  die "agent $agent needs a dynamic linker, and the guest has none"
+fi
+
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+install -m 0755 "$agent" "$tree/init"
+mkdir -m 0755 "$tree"/{dev,proc,sys,run,newroot}
+find "$tree" -exec touch -h -d @0 {} +
+mkdir -p "$(dirname "$out")"
+# Uncompressed: unpacking costs more than reading.
+( cd "$tree" && find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort \
+    | cpio --quiet --create --format=newc --owner=0:0 --reproducible ) >"$out.new"
+mv "$out.new" "$out"

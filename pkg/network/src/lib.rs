@@ -1,0 +1,1 @@
+//! A pod's network on the host: netns, tap, redirects.

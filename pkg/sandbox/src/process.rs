@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The states of a process as containerd sees it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use podhull_types::{ExitStatus, ProcessRef};
+use tokio::sync::{mpsc, watch};
+
+use crate::error::SandboxError;
+use crate::spec::{ProcessState, SandboxEvent, Status, Stdio};
+use crate::stdio::ProcessIo;
+
+#[derive(Debug, Clone, Copy)]
+struct Life {
+    status: Status,
+    exit: Option<ExitStatus>,
+    /// Its start was announced to containerd, so its exit may be, too.
+    announced: bool,
+    reported: bool,
+}
+
+/// One process: a container's init, an added one, or the pause task, which has
+/// no process in the guest.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) id: ProcessRef,
+    pub(crate) pid: u32,
+    pub(crate) stdio: Stdio,
+    pub(crate) pause: bool,
+    life: watch::Sender<Life>,
+    io: Mutex<Option<ProcessIo>>,
+    events: mpsc::UnboundedSender<SandboxEvent>,
+}
+
+fn name(status: Status) -> &'static str {
+    match status {
+        Status::Created => "created",
+        Status::Running => "running",
+        Status::Paused => "paused",
+        Status::Stopped => "stopped",
+    }
+}
+
+impl Process {
+    pub(crate) fn new(
+        id: ProcessRef,
+        pid: u32,
+        stdio: Stdio,
+        pause: bool,
+        events: mpsc::UnboundedSender<SandboxEvent>,
+    ) -> Self {
+        let life = Life {
+            status: Status::Created,
+            exit: None,
+            announced: false,
+            reported: false,
+        };
+        let life = watch::Sender::new(life);
+        Self {
+            id,
+            pid,
+            stdio,
+            pause,
+            life,
+            io: Mutex::new(None),
+            events,
+        }
+    }
+
+    pub(crate) fn state(&self) -> ProcessState {
+        let life = *self.life.borrow();
+        ProcessState {
+            status: life.status,
+            pid: self.pid,
+            exit: life.exit,
+            stdio: self.stdio.clone(),
+        }
+    }
+
+    /// Fails unless the process is in one of `wanted`.
+    pub(crate) fn expect(
+        &self,
+        wanted: &[Status],
+        expected: &'static str,
+    ) -> Result<(), SandboxError> {
+        let status = self.life.borrow().status;
+        if wanted.contains(&status) {
+            return Ok(());
+        }
+        let (process, state) = (self.id.clone(), name(status));
+        Err(SandboxError::WrongState {
+            process,
+            state,
+            expected,
+        })
+    }
+
+    /// Notes that it runs, lets `announce` tell containerd, and only then lets
+    /// its exit be told, which may have come already.
+    pub(crate) fn started(&self, announce: impl FnOnce(u32)) {
+        self.life.send_modify(|life| {
+            if life.status == Status::Created {
+                life.status = Status::Running;
+            }
+            announce(self.pid);
+            life.announced = true;
+        });
+        self.report_exit();
+    }
+
+    pub(crate) fn set_paused(&self, paused: bool) {
+        self.life.send_modify(|life| match (life.status, paused) {
+            (Status::Running, true) => life.status = Status::Paused,
+            (Status::Paused, false) => life.status = Status::Running,
+            _ => {}
+        });
+    }
+
+    /// Notes how it ended; the first note stays.
+    pub(crate) fn exited(&self, exit: ExitStatus) {
+        self.life.send_modify(|life| {
+            life.exit.get_or_insert(exit);
+            life.status = Status::Stopped;
+        });
+        self.report_exit();
+    }
+
+    /// Tells the exit once, after the start.
+    fn report_exit(&self) {
+        self.life.send_if_modified(|life| {
+            let Some(exit) = life.exit else { return false };
+            if !life.announced || life.reported {
+                return false;
+            }
+            life.reported = true;
+            let exited = SandboxEvent::Exited {
+                process: self.id.clone(),
+                pid: self.pid,
+                exit,
+            };
+            // Nobody listens any more once the shim ends.
+            drop(self.events.send(exited));
+            false
+        });
+    }
+
+    /// Waits for its end. Cancel safe.
+    pub(crate) async fn wait(&self) -> ExitStatus {
+        let mut life = self.life.subscribe();
+        let ended = life
+            .wait_for(|life| life.exit.is_some())
+            .await
+            .map(|life| life.exit);
+        // The sender lives in `self`, so the wait cannot fail.
+        ended.ok().flatten().unwrap_or_else(ExitStatus::vm_gone)
+    }
+
+    fn io(&self) -> MutexGuard<'_, Option<ProcessIo>> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn attach_io(&self, io: ProcessIo) {
+        *self.io() = Some(io);
+    }
+
+    pub(crate) fn take_io(&self) -> Option<ProcessIo> {
+        self.io().take()
+    }
+
+    pub(crate) fn close_stdin(&self) {
+        if let Some(io) = self.io().as_ref() {
+            io.close_stdin();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podhull_types::ContainerId;
+
+    use super::*;
+
+    fn process() -> (Process, mpsc::UnboundedReceiver<SandboxEvent>) {
+        let (events, received) = mpsc::unbounded_channel();
+        let id = ProcessRef::init(ContainerId::new("c1").unwrap());
+        (
+            Process::new(id, 7, Stdio::default(), false, events),
+            received,
+        )
+    }
+
+    #[test]
+    fn an_exit_is_told_once_and_after_the_start() {
+        let (process, mut events) = process();
+        process.exited(ExitStatus {
+            code: 3,
+            ..ExitStatus::vm_gone()
+        });
+        assert!(events.try_recv().is_err(), "not announced yet");
+        let mut order = Vec::new();
+        process.started(|pid| order.push(pid));
+        assert_eq!(order, [7]);
+        assert!(matches!(
+            events.try_recv(),
+            Ok(SandboxEvent::Exited { exit, .. }) if exit.code == 3
+        ));
+        process.exited(ExitStatus::vm_gone());
+        assert!(events.try_recv().is_err(), "told once");
+        assert_eq!(process.state().exit.unwrap().code, 3);
+        assert_eq!(process.state().status, Status::Stopped);
+    }
+
+    #[tokio::test]
+    async fn every_waiter_is_answered() {
+        let (process, _events) = process();
+        process.started(|_| {});
+        let (one, two, ()) = tokio::join!(process.wait(), process.wait(), async {
+            process.exited(ExitStatus {
+                code: 9,
+                ..ExitStatus::vm_gone()
+            });
+        });
+        assert_eq!((one.code, two.code, process.wait().await.code), (9, 9, 9));
+    }
+
+    #[test]
+    fn a_wrong_state_names_both_states() {
+        let (process, _events) = process();
+        let error = process.expect(&[Status::Stopped], "stopped").unwrap_err();
+        assert_eq!(error.to_string(), "process c1 is created, expected stopped");
+    }
+}

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The sandbox: one VM, its processes, and what they need.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use podhull_agent_client::AgentChannel;
+use podhull_api::agent;
+use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
+use podhull_types::{
+    BootPhase, BootTimes, ContainerId, Deadline, ExecId, ExitStatus, ProcessRef, Token,
+};
+use tokio::sync::{RwLock, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::error::SandboxError;
+use crate::pids::{Pids, of_guest};
+use crate::process::Process;
+use crate::spec::{Deleted, ProcessState, Runtime, SandboxEvent, SandboxSpec, Status, Stdio};
+use crate::teardown::{self, Parts};
+
+/// How far the sandbox is from its end.
+#[derive(Debug, Clone)]
+pub(crate) enum Phase {
+    Running,
+    /// New work is refused; why, if the VM ended by itself.
+    Stopping,
+    /// Everything is released.
+    Stopped(ExitStatus),
+}
+
+/// A running pod sandbox.
+///
+/// Ended by [`stop`](Self::stop), or by the death of its VM, which leads to the
+/// same teardown.
+#[derive(Debug)]
+pub struct Sandbox {
+    pub(crate) spec: SandboxSpec,
+    pub(crate) runtime: Arc<Runtime>,
+    pub(crate) emulated: bool,
+    pub(crate) token: Token,
+    pub(crate) address: GuestAddress,
+    pub(crate) leases: LeaseSet,
+    vmm_pid: u32,
+    processes: Mutex<HashMap<ProcessRef, Arc<Process>>>,
+    pub(crate) pids: Pids,
+    /// `None` once teardown has taken it. Calls hold it for reading.
+    pub(crate) channel: RwLock<Option<AgentChannel>>,
+    /// What teardown releases; taken once.
+    pub(crate) parts: tokio::sync::Mutex<Option<Parts>>,
+    pub(crate) phase: watch::Sender<Phase>,
+    pub(crate) suspect: watch::Sender<bool>,
+    /// Why the VM ended, if it did by itself.
+    pub(crate) death: OnceLock<String>,
+    pub(crate) events: mpsc::UnboundedSender<SandboxEvent>,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop_watching: CancellationToken,
+    times: Mutex<BootTimes>,
+}
+
+/// What `boot` has made when it is done.
+#[derive(Debug)]
+pub(crate) struct Booted {
+    pub(crate) channel: AgentChannel,
+    pub(crate) parts: Parts,
+    pub(crate) token: Token,
+    pub(crate) address: GuestAddress,
+    pub(crate) leases: LeaseSet,
+    pub(crate) vmm_pid: u32,
+    pub(crate) emulated: bool,
+    pub(crate) times: BootTimes,
+}
+
+impl Sandbox {
+    /// Boots a sandbox. Events come on the channel returned with it; they end
+    /// when the sandbox is dropped.
+    ///
+    /// # Errors
+    /// What failed; everything made until then has been released.
+    pub async fn boot(
+        runtime: Arc<Runtime>,
+        spec: SandboxSpec,
+    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<SandboxEvent>), SandboxError> {
+        let booted = crate::boot::boot(&runtime, &spec).await?;
+        let (events, received) = mpsc::unbounded_channel();
+        let sandbox = Arc::new(Self {
+            spec,
+            runtime,
+            emulated: booted.emulated,
+            token: booted.token,
+            address: booted.address,
+            leases: booted.leases,
+            vmm_pid: booted.vmm_pid,
+            processes: Mutex::default(),
+            pids: Pids::default(),
+            channel: RwLock::new(Some(booted.channel)),
+            parts: tokio::sync::Mutex::new(Some(booted.parts)),
+            phase: watch::Sender::new(Phase::Running),
+            suspect: watch::Sender::new(false),
+            death: OnceLock::new(),
+            events,
+            tasks: TaskTracker::new(),
+            stop_watching: CancellationToken::new(),
+            times: Mutex::new(booted.times),
+        });
+        crate::watch::start(&sandbox).await;
+        Ok((sandbox, received))
+    }
+
+    /// The PID of the VMM on the host.
+    #[must_use]
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm_pid
+    }
+
+    /// What the sandbox was made from.
+    #[must_use]
+    pub fn spec(&self) -> &SandboxSpec {
+        &self.spec
+    }
+
+    /// Whether its VM runs under emulation.
+    #[must_use]
+    pub fn emulated(&self) -> bool {
+        self.emulated
+    }
+
+    /// The moments of its boot.
+    #[must_use]
+    pub fn boot_times(&self) -> BootTimes {
+        self.times
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Notes that the first container runs, and shows the whole boot.
+    pub(crate) fn note_container_started(&self) {
+        let times = {
+            let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+            if times
+                .iter()
+                .any(|(phase, _)| phase == BootPhase::ContainerStarted)
+            {
+                return;
+            }
+            times.note(BootPhase::ContainerStarted, self.spec.started.elapsed());
+            times.clone()
+        };
+        crate::boot::show(self, &times);
+    }
+
+    pub(crate) fn table(&self) -> MutexGuard<'_, HashMap<ProcessRef, Arc<Process>>> {
+        self.processes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn process(&self, id: &ProcessRef) -> Result<Arc<Process>, SandboxError> {
+        self.table()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| SandboxError::NoProcess(id.clone()))
+    }
+
+    pub(crate) fn all_processes(&self) -> Vec<Arc<Process>> {
+        self.table().values().cloned().collect()
+    }
+
+    /// Enters a new process into the table.
+    pub(crate) fn enter(
+        &self,
+        id: &ProcessRef,
+        pid: u32,
+        stdio: Stdio,
+        pause: bool,
+    ) -> Result<Arc<Process>, SandboxError> {
+        let process = Arc::new(Process::new(
+            id.clone(),
+            pid,
+            stdio,
+            pause,
+            self.events.clone(),
+        ));
+        let mut table = self.table();
+        if table.contains_key(id) {
+            return Err(SandboxError::ProcessExists(id.clone()));
+        }
+        table.insert(id.clone(), Arc::clone(&process));
+        Ok(process)
+    }
+
+    /// Fails if the sandbox takes no new work.
+    pub(crate) fn check_usable(&self) -> Result<(), SandboxError> {
+        if let Some(reason) = self.death.get() {
+            let (id, reason) = (self.spec.id.clone(), reason.clone());
+            return Err(SandboxError::VmDied { id, reason });
+        }
+        if !matches!(*self.phase.borrow(), Phase::Running) {
+            return Err(SandboxError::Stopping(self.spec.id.clone()));
+        }
+        if *self.suspect.borrow() {
+            return Err(SandboxError::Suspect(self.spec.id.clone()));
+        }
+        Ok(())
+    }
+
+    /// Deadline of one call to the agent.
+    pub(crate) fn call_deadline(&self) -> Deadline {
+        Deadline::after(self.runtime.config.call_timeout(self.emulated))
+    }
+
+    /// Makes one call to the agent.
+    pub(crate) async fn ask<T, F, Fut>(
+        &self,
+        method: &'static str,
+        by: Deadline,
+        call: F,
+    ) -> Result<T, SandboxError>
+    where
+        F: FnOnce(agent::agent_client::AgentClient<tonic::transport::Channel>) -> Fut,
+        Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    {
+        let began = Instant::now();
+        let result = {
+            let channel = self.channel.read().await;
+            match channel.as_ref() {
+                Some(channel) => channel.call(method, by, call).await,
+                None => return Err(SandboxError::Stopping(self.spec.id.clone())),
+            }
+        };
+        let label = if result.is_ok() { "ok" } else { "error" };
+        self.runtime
+            .metrics
+            .agent_calls
+            .with_label_values(&[method, label])
+            .observe(began.elapsed().as_secs_f64());
+        // A call that failed because the VM ended says why the VM ended.
+        result.map_err(|error| match self.death.get() {
+            Some(reason) => SandboxError::VmDied {
+                id: self.spec.id.clone(),
+                reason: reason.clone(),
+            },
+            None => error.into(),
+        })
+    }
+
+    /// Registers the pause task: it has no process in the guest, its PID is the
+    /// VMM's, and killing it stops the pod.
+    ///
+    /// # Errors
+    /// If there is one already.
+    pub fn create_pause(&self, stdio: Stdio) -> Result<u32, SandboxError> {
+        let id = ProcessRef::init(ContainerId::new(self.spec.id.as_str())?);
+        self.enter(&id, self.vmm_pid, stdio, true)
+            .map(|process| process.pid)
+    }
+
+    /// Where a process is in its life.
+    ///
+    /// # Errors
+    /// [`SandboxError::NoProcess`].
+    pub fn state(&self, process: &ProcessRef) -> Result<ProcessState, SandboxError> {
+        self.process(process).map(|process| process.state())
+    }
+
+    /// Waits for a process's end. Cancel safe.
+    ///
+    /// # Errors
+    /// [`SandboxError::NoProcess`].
+    pub async fn wait(&self, process: &ProcessRef) -> Result<ExitStatus, SandboxError> {
+        let process = self.process(process)?;
+        Ok(process.wait().await)
+    }
+
+    /// The ids of the containers, the pause task's among them.
+    #[must_use]
+    pub fn containers(&self) -> Vec<ContainerId> {
+        let table = self.table();
+        table
+            .keys()
+            .filter(|id| id.exec.is_none())
+            .map(|id| id.container.clone())
+            .collect()
+    }
+
+    /// The PIDs of a container's processes, and the exec ids of those that were
+    /// added.
+    ///
+    /// # Errors
+    /// If there is no such container, or the guest does not answer.
+    pub async fn pids(
+        &self,
+        container: &ContainerId,
+    ) -> Result<Vec<(u32, Option<ExecId>)>, SandboxError> {
+        let init = self.process(&ProcessRef::init(container.clone()))?;
+        let ours: Vec<_> = self
+            .all_processes()
+            .into_iter()
+            .filter(|process| process.id.container == *container)
+            .filter(|process| process.state().status != Status::Stopped)
+            .map(|process| (process.pid, process.id.exec.clone()))
+            .collect();
+        if init.pause || init.state().status == Status::Stopped {
+            return Ok(ours);
+        }
+        let request = agent::PidsRequest {
+            container_id: container.to_string(),
+        };
+        let answer = self
+            .ask("Pids", self.call_deadline(), async |mut client| {
+                client.pids(request).await
+            })
+            .await?;
+        // Which of the guest's are ours is not known; the rest is listed behind.
+        let others = answer
+            .pids
+            .into_iter()
+            .skip(ours.len())
+            .map(|pid| (of_guest(pid), None));
+        Ok(ours.into_iter().chain(others).collect())
+    }
+
+    /// Ends the sandbox: everything it owns is released, in the fixed order,
+    /// whatever fails on the way. Later calls wait for the first one's end.
+    pub async fn stop(self: &Arc<Self>, by: Deadline) -> CloseReport {
+        teardown::stop(self, by).await
+    }
+
+    /// Resolves once everything is released; says how the pod ended. Cancel
+    /// safe.
+    pub async fn stopped(&self) -> ExitStatus {
+        let mut phase = self.phase.subscribe();
+        let stopped = phase
+            .wait_for(|phase| matches!(phase, Phase::Stopped(_)))
+            .await;
+        match stopped.as_deref() {
+            Ok(Phase::Stopped(exit)) => *exit,
+            _ => ExitStatus::vm_gone(),
+        }
+    }
+
+    /// Forgets a process that has ended, or never ran. Its output is delivered
+    /// first, within the deadline.
+    ///
+    /// # Errors
+    /// [`SandboxError::WrongState`] while it runs.
+    pub async fn delete(
+        self: &Arc<Self>,
+        id: &ProcessRef,
+        by: Deadline,
+    ) -> Result<Deleted, SandboxError> {
+        let process = self.process(id)?;
+        process.expect(&[Status::Created, Status::Stopped], "created or stopped")?;
+        if !process.pause {
+            crate::container::release(self, &process, by).await?;
+        }
+        self.table().remove(id);
+        let exit = process.state().exit.unwrap_or_else(ExitStatus::vm_gone);
+        Ok(Deleted {
+            pid: process.pid,
+            exit,
+        })
+    }
+}

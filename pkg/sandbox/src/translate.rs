@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From containerd's OCI spec to one that is true inside the guest.
+//!
+//! The guest is the pod: its network, UTS and IPC namespaces are the guest's
+//! own, its cgroup tree is the agent's, and every path comes from the shared
+//! tree. What cannot be had there is refused by its field's name.
+
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use podhull_api::agent;
+use podhull_storage::{GuestPath, Propagation, SharedTree, Volume};
+use podhull_types::ContainerId;
+
+use crate::error::SandboxError;
+use crate::spec::{ContainerSpec, PodFiles, SandboxSpec};
+
+/// Where the guest sees the shared tree.
+const SHARE: &str = "/run/podhull/share";
+/// The pod's shared memory in the guest.
+const SHM: &str = "/run/podhull/shm";
+/// Host folders that a guest must not see: what they show is the host's.
+const HOST_ONLY: [&str; 3] = ["/dev", "/proc", "/sys"];
+
+/// What a container's PID namespace is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PidNamespace {
+    Own,
+    Pod,
+    Of(ContainerId),
+}
+
+impl PidNamespace {
+    pub(crate) fn to_wire(&self) -> (agent::PidNamespace, String) {
+        match self {
+            Self::Own => (agent::PidNamespace::Container, String::new()),
+            Self::Pod => (agent::PidNamespace::Pod, String::new()),
+            Self::Of(container) => (agent::PidNamespace::Target, container.to_string()),
+        }
+    }
+}
+
+/// A container as the guest makes it.
+#[derive(Debug)]
+pub(crate) struct GuestSpec {
+    pub(crate) oci: Spec,
+    pub(crate) rootfs: String,
+    pub(crate) pid_namespace: PidNamespace,
+}
+
+/// Translates `container`'s spec and puts its files into `tree`. `targets` are
+/// the PIDs that its PID namespace may be named by; `None` is the pod's own.
+pub(crate) fn translate(
+    sandbox: &SandboxSpec,
+    container: &ContainerSpec,
+    tree: &SharedTree,
+    targets: &[(u32, Option<ContainerId>)],
+) -> Result<GuestSpec, SandboxError> {
+    let mut oci = container.oci.clone();
+    refuse_host_devices(&oci)?;
+    let pid_namespace = pid_namespace(&oci, targets)?;
+    strip_host(&mut oci);
+    let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
+    let mounts = oci.mounts().clone().unwrap_or_default();
+    let mut translated = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        translated.push(translate_mount(mount, container, tree, &sandbox.files)?);
+    }
+    oci.set_mounts(Some(translated));
+    Ok(GuestSpec {
+        oci,
+        rootfs,
+        pid_namespace,
+    })
+}
+
+fn in_share(path: &GuestPath) -> String {
+    Path::new(SHARE)
+        .join(path.as_path())
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn refuse_host_devices(oci: &Spec) -> Result<(), SandboxError> {
+    let devices = oci
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_ref());
+    let Some(device) = devices.and_then(|devices| devices.first()) else {
+        return Ok(());
+    };
+    Err(SandboxError::refused(
+        "linux.devices",
+        format!(
+            "host device {} cannot be given to a VM; for privileged pods set \
+             privileged_without_host_devices in containerd's runtime handler",
+            device.path().display()
+        ),
+    ))
+}
+
+fn pid_namespace(
+    oci: &Spec,
+    targets: &[(u32, Option<ContainerId>)],
+) -> Result<PidNamespace, SandboxError> {
+    let namespaces = oci
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let pid = namespaces
+        .into_iter()
+        .flatten()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid);
+    let Some(pid) = pid else {
+        return Err(SandboxError::refused(
+            "hostPID",
+            "a pod in a VM cannot see the host's processes",
+        ));
+    };
+    let Some(path) = pid.path() else {
+        return Ok(PidNamespace::Own);
+    };
+    let named = path
+        .to_str()
+        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/pid"));
+    let target = named
+        .and_then(|pid| pid.parse::<u32>().ok())
+        .and_then(|pid| targets.iter().find(|(known, _)| *known == pid));
+    match target {
+        Some((_, Some(container))) => Ok(PidNamespace::Of(container.clone())),
+        Some((_, None)) => Ok(PidNamespace::Pod),
+        None => Err(SandboxError::refused(
+            "linux.namespaces[pid].path",
+            format!("{} is no namespace of this pod", path.display()),
+        )),
+    }
+}
+
+/// Removes what only means something on the host.
+fn strip_host(oci: &mut Spec) {
+    oci.set_hostname(None);
+    oci.set_domainname(None);
+    oci.set_annotations(None);
+    if let Some(linux) = oci.linux_mut() {
+        let shared = [
+            LinuxNamespaceType::Network,
+            LinuxNamespaceType::Uts,
+            LinuxNamespaceType::Ipc,
+            LinuxNamespaceType::Pid,
+        ];
+        let namespaces = linux.namespaces().clone().unwrap_or_default();
+        let own = namespaces
+            .into_iter()
+            .filter(|ns| !shared.contains(&ns.typ()))
+            .collect();
+        linux.set_namespaces(Some(own));
+        linux.set_cgroups_path(None);
+        linux.set_intel_rdt(None);
+        linux.set_mount_label(None);
+    }
+    if let Some(process) = oci.process_mut() {
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+    }
+}
+
+fn translate_mount(
+    mut mount: Mount,
+    container: &ContainerSpec,
+    tree: &SharedTree,
+    files: &PodFiles,
+) -> Result<Mount, SandboxError> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |name: &str| options.iter().any(|option| option == name);
+    if !(mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")) {
+        return Ok(mount);
+    }
+    let destination = mount.destination().clone();
+    let field = || format!("mounts[{}]", destination.display());
+    if destination == Path::new("/dev/shm") {
+        mount.set_source(Some(SHM.into()));
+        return Ok(mount);
+    }
+    if has("shared") || has("rshared") {
+        let reason = "Bidirectional propagation: a mount made in a VM cannot reach the host";
+        return Err(SandboxError::refused(field(), reason));
+    }
+    let Some(source) = mount.source().clone() else {
+        return Err(SandboxError::refused(
+            field(),
+            "a bind mount needs a source",
+        ));
+    };
+    if let Some(folder) = HOST_ONLY.iter().find(|folder| source.starts_with(folder)) {
+        let reason = format!("{} is below the host's {folder}", source.display());
+        return Err(SandboxError::refused(field(), reason));
+    }
+    let path = match made_by_shim(files, &destination).filter(|_| !source.exists()) {
+        Some((name, content)) => tree.write_file(&container.id, name, content.as_bytes())?,
+        None => {
+            let volume = Volume {
+                source,
+                recursive: !has("bind"),
+                read_only: has("ro"),
+                recursive_read_only: has("rro"),
+                propagation: match (has("slave"), has("rslave")) {
+                    (false, false) => Propagation::Private,
+                    _ => Propagation::HostToContainer,
+                },
+            };
+            tree.bind(&container.id, &volume)?
+        }
+    };
+    mount.set_source(Some(in_share(&path).into()));
+    Ok(mount)
+}
+
+/// The file that containerd left to the shim for this mount, if it is one.
+fn made_by_shim<'a>(files: &'a PodFiles, destination: &Path) -> Option<(&'static str, &'a str)> {
+    let (name, content) = match destination.to_str()? {
+        "/etc/resolv.conf" => ("resolv.conf", &files.resolv_conf),
+        "/etc/hosts" => ("hosts", &files.hosts),
+        "/etc/hostname" => ("hostname", &files.hostname),
+        _ => return None,
+    };
+    Some((name, content.as_deref()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: serde_json::Value) -> Spec {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn with_namespaces(namespaces: serde_json::Value) -> Spec {
+        spec(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hostname": "x",
+            "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["true"],
+                         "apparmorProfile": "cri-containerd.apparmor.d" },
+            "linux": { "namespaces": namespaces, "cgroupsPath": "/kubepods/x" },
+        }))
+    }
+
+    #[test]
+    fn pid_namespaces_are_found_by_the_pid_that_was_reported() {
+        let sidecar = ContainerId::new("c2").unwrap();
+        let targets = [(100, None), (4_194_305, Some(sidecar.clone()))];
+        let at = |path: &str| {
+            let oci = with_namespaces(serde_json::json!([{ "type": "pid", "path": path }]));
+            pid_namespace(&oci, &targets)
+        };
+        assert_eq!(at("/proc/100/ns/pid").unwrap(), PidNamespace::Pod);
+        assert_eq!(
+            at("/proc/4194305/ns/pid").unwrap(),
+            PidNamespace::Of(sidecar)
+        );
+        assert!(
+            at("/proc/1/ns/pid")
+                .unwrap_err()
+                .to_string()
+                .contains("/proc/1/ns/pid")
+        );
+        let own = with_namespaces(serde_json::json!([{ "type": "pid" }]));
+        assert_eq!(pid_namespace(&own, &targets).unwrap(), PidNamespace::Own);
+        let host = with_namespaces(serde_json::json!([{ "type": "mount" }]));
+        assert!(
+            pid_namespace(&host, &targets)
+                .unwrap_err()
+                .to_string()
+                .contains("hostPID")
+        );
+    }
+
+    #[test]
+    fn what_is_the_hosts_is_stripped() {
+        let mut oci = with_namespaces(serde_json::json!([
+            { "type": "pid" }, { "type": "ipc", "path": "/proc/9/ns/ipc" },
+            { "type": "uts" }, { "type": "network", "path": "/run/netns/x" },
+            { "type": "mount" },
+        ]));
+        strip_host(&mut oci);
+        let linux = oci.linux().as_ref().unwrap();
+        let left: Vec<_> = linux
+            .namespaces()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(|ns| ns.typ())
+            .collect();
+        assert_eq!(left, [LinuxNamespaceType::Mount]);
+        assert_eq!(linux.cgroups_path(), &None);
+        assert_eq!(oci.hostname(), &None);
+        assert_eq!(oci.process().as_ref().unwrap().apparmor_profile(), &None);
+    }
+
+    #[test]
+    fn a_host_device_is_refused_by_name() {
+        let oci = spec(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "linux": { "devices": [
+                { "type": "c", "path": "/dev/kmsg", "major": 1, "minor": 11 }
+            ] },
+        }));
+        let error = refuse_host_devices(&oci).unwrap_err().to_string();
+        assert!(
+            error.contains("/dev/kmsg") && error.contains("linux.devices"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn only_files_that_were_given_replace_sources() {
+        let files = PodFiles {
+            hosts: Some("127.0.0.1 x".into()),
+            ..PodFiles::default()
+        };
+        let found = made_by_shim(&files, Path::new("/etc/hosts"));
+        assert_eq!(found, Some(("hosts", "127.0.0.1 x")));
+        assert_eq!(made_by_shim(&files, Path::new("/etc/hostname")), None);
+        assert_eq!(made_by_shim(&files, Path::new("/data")), None);
+    }
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a running sandbox listens to: the agent's events, its heartbeat, and
+//! the death of its VM.
+
+use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
+
+use podhull_agent_client::AgentError;
+use podhull_api::agent::{self, event};
+use podhull_types::{ContainerId, Deadline, ExecId, ExitStatus, ProcessRef};
+use podhull_vmm::Vm;
+use tokio::time::Instant;
+use tonic::Streaming;
+
+use crate::error::SandboxError;
+use crate::sandbox::Sandbox;
+use crate::spec::SandboxEvent;
+
+/// How long after the event stream's end the VM's own end may be noticed.
+const DEATH_FOLLOWS: Duration = Duration::from_secs(5);
+
+/// Starts the watchers. They hold the sandbox weakly, so that it can be dropped.
+pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
+    let vm = sandbox
+        .parts
+        .lock()
+        .await
+        .as_ref()
+        .and_then(|parts| parts.vm.clone());
+    if let Some(vm) = vm {
+        spawn(sandbox, watch_vm(Arc::downgrade(sandbox), vm));
+    }
+    spawn(sandbox, watch_events(Arc::downgrade(sandbox)));
+    spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox)));
+}
+
+fn spawn(sandbox: &Sandbox, watcher: impl Future<Output = ()> + Send + 'static) {
+    let stop = sandbox.stop_watching.clone();
+    sandbox.tasks.spawn(async move {
+        // `None`: the sandbox is being stopped.
+        let _ = stop.run_until_cancelled(watcher).await;
+    });
+}
+
+async fn watch_vm(sandbox: Weak<Sandbox>, vm: Arc<dyn Vm>) {
+    let mut died = vm.died();
+    let reason = match died.wait_for(Option::is_some).await.as_deref() {
+        Ok(Some(death)) => death.to_string(),
+        _ => "its supervisor ended".to_owned(),
+    };
+    if let Some(sandbox) = sandbox.upgrade() {
+        declare_dead(&sandbox, reason);
+    }
+}
+
+/// The VM is gone: tells everybody who waits, then releases everything.
+fn declare_dead(sandbox: &Arc<Sandbox>, reason: String) {
+    if sandbox.death.set(reason.clone()).is_err() {
+        return;
+    }
+    tracing::error!(sandbox = %sandbox.spec.id, %reason, "the VM ended by itself");
+    sandbox
+        .runtime
+        .metrics
+        .vm_exits
+        .with_label_values(&["died"])
+        .inc();
+    for process in sandbox.all_processes() {
+        process.exited(ExitStatus::vm_gone());
+    }
+    // Nobody listens any more once the shim ends.
+    drop(sandbox.events.send(SandboxEvent::Died { reason }));
+    sandbox.stop_in_background();
+}
+
+async fn watch_events(sandbox: Weak<Sandbox>) {
+    let mut seen = 0;
+    let error = loop {
+        let stream = match sandbox.upgrade() {
+            Some(sandbox) => subscribe(&sandbox, seen).await,
+            None => return,
+        };
+        match stream {
+            Ok(stream) => match follow(&sandbox, stream, &mut seen).await {
+                Ok(()) => {}
+                Err(status) => break status.to_string(),
+            },
+            Err(error) => break error.to_string(),
+        }
+    };
+    // The connection is lost. The VM's end says more if it comes now.
+    tokio::time::sleep(DEATH_FOLLOWS).await;
+    if let Some(sandbox) = sandbox.upgrade() {
+        declare_dead(
+            &sandbox,
+            format!("the connection to the agent was lost: {error}"),
+        );
+    }
+}
+
+async fn subscribe(
+    sandbox: &Sandbox,
+    after_sequence: u64,
+) -> Result<Streaming<agent::Event>, SandboxError> {
+    let mut client = {
+        let channel = sandbox.channel.read().await;
+        let Some(channel) = channel.as_ref() else {
+            return Err(SandboxError::Stopping(sandbox.spec.id.clone()));
+        };
+        channel.client()?
+    };
+    let request = agent::EventsRequest { after_sequence };
+    let stream = sandbox.call_deadline().run(client.events(request)).await;
+    match stream {
+        Ok(Ok(stream)) => Ok(stream.into_inner()),
+        Ok(Err(_)) => Err(AgentError::VmGone { method: "Events" }.into()),
+        Err(_) => Err(AgentError::Deadline { method: "Events" }.into()),
+    }
+}
+
+/// Handles events until the stream ends.
+async fn follow(
+    sandbox: &Weak<Sandbox>,
+    mut stream: Streaming<agent::Event>,
+    seen: &mut u64,
+) -> Result<(), tonic::Status> {
+    while let Some(event) = stream.message().await? {
+        let Some(sandbox) = sandbox.upgrade() else {
+            return Ok(());
+        };
+        if event.sequence <= *seen {
+            continue;
+        }
+        if event.sequence != *seen + 1 {
+            tracing::error!(
+                seen = *seen,
+                got = event.sequence,
+                "events of the guest were lost"
+            );
+        }
+        *seen = event.sequence;
+        if let Some(kind) = event.kind {
+            handle(&sandbox, kind);
+        }
+    }
+    Err(tonic::Status::unavailable("the event stream ended"))
+}
+
+fn handle(sandbox: &Sandbox, kind: event::Kind) {
+    match kind {
+        event::Kind::Exited(exited) => {
+            let Some(process) = process_of(&exited.container_id, &exited.exec_id) else {
+                tracing::warn!(container = %exited.container_id, "exit of a malformed id");
+                return;
+            };
+            let exit = exited.exit.unwrap_or_default();
+            match sandbox.process(&process) {
+                Ok(process) => process.exited(status(&exit)),
+                // Deleted before it was told.
+                Err(error) => tracing::debug!(%error, "exit of a process that is forgotten"),
+            }
+        }
+        event::Kind::Oom(oom) => match ContainerId::new(oom.container_id) {
+            Ok(container) => drop(sandbox.events.send(SandboxEvent::OutOfMemory { container })),
+            Err(error) => tracing::warn!(%error, "OOM of a malformed id"),
+        },
+    }
+}
+
+fn process_of(container: &str, exec: &str) -> Option<ProcessRef> {
+    let container = ContainerId::new(container).ok()?;
+    let exec = if exec.is_empty() {
+        None
+    } else {
+        Some(ExecId::new(exec).ok()?)
+    };
+    Some(ProcessRef { container, exec })
+}
+
+/// The guest's word on an exit. Its clock may be wrong, so the host's counts.
+fn status(exit: &agent::Exit) -> ExitStatus {
+    ExitStatus {
+        code: u8::try_from(exit.code).unwrap_or(u8::MAX),
+        at: SystemTime::now(),
+    }
+}
+
+async fn watch_heartbeat(sandbox: Weak<Sandbox>) {
+    let (interval, dead_after) = match sandbox.upgrade() {
+        Some(sandbox) => {
+            let config = &sandbox.runtime.config;
+            let seconds = Duration::from_secs;
+            (
+                seconds(config.heartbeat_seconds),
+                seconds(config.dead_after_seconds),
+            )
+        }
+        None => return,
+    };
+    let mut ticks = tokio::time::interval(interval);
+    let mut answered = Instant::now();
+    loop {
+        ticks.tick().await;
+        let Some(sandbox) = sandbox.upgrade() else {
+            return;
+        };
+        let by = Deadline::after(interval);
+        let ping = async |mut client: agent::agent_client::AgentClient<_>| {
+            client.ping(agent::PingRequest {}).await
+        };
+        let alive = sandbox.ask("Ping", by, ping).await.is_ok();
+        if alive {
+            answered = Instant::now();
+        }
+        let suspect = !alive;
+        let changed = sandbox
+            .suspect
+            .send_if_modified(|was| std::mem::replace(was, suspect) != suspect);
+        if changed {
+            tracing::warn!(sandbox = %sandbox.spec.id, suspect, "heartbeat");
+        }
+        if answered.elapsed() >= dead_after {
+            let silent = answered.elapsed().as_secs();
+            declare_dead(&sandbox, format!("the guest was silent for {silent} s"));
+            return;
+        }
+    }
+}

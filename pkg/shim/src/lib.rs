@@ -1,0 +1,1 @@
+//! containerd's contract: bootstrap, Task and Sandbox services, events.

@@ -1,0 +1,1 @@
+//! VMM processes and their helpers, confined and supervised.

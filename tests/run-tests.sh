@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# `make test`: every stage, what takes long side by side, and a table of times.
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/setup/lib.sh"
+cd "$ROOT"
+
+table=()
+started=$SECONDS
+show() {
+  printf '\n%-34s %8s  %s\n' stage seconds result
+  for row in "${table[@]}"; do printf '%-34s %8s  %s\n' $row; done
+  printf '%-34s %8s\n' total $((SECONDS - started))
+}
+trap show EXIT
+
+# stage NAME COMMAND...: runs it, notes its time, ends the run if it fails.
+stage() {
+  local name=$1 begin=$SECONDS; shift
+  say "$name"
+  if "$@"; then table+=("$name $((SECONDS - begin)) ok"); else
+    table+=("$name $((SECONDS - begin)) FAILED"); exit 1
+  fi
+}
+# background NAME COMMAND...: the same beside the stages that follow; joined by `join`.
+declare -A pids begun
+background() {
+  local name=$1; shift
+  begun[$name]=$SECONDS
+  "$@" >"$CACHE/$name.log" 2>&1 & pids[$name]=$!
+}
+join() {
+  local name=$1 result=ok
+  wait "${pids[$name]}" || result=FAILED
+  table+=("$name $((SECONDS - begun[$name])) $result(beside)")
+  [ "$result" = ok ] || { tail -40 "$CACHE/$name.log" >&2; exit 1; }
+}
+
+stage packages make -s packages
+background kernel make -s kernel
+background tools make -s tools
+stage build-shim make -s shim
+stage build-guest make -s initramfs
+join kernel
+join tools
+stage lint make -s lint
+stage unit make -s test-unit
+stage cri make -s test-cri CONTAINERD=all
