@@ -88,8 +88,8 @@ pub struct Config {
     pub heartbeat_seconds: u64,
     /// A guest that is silent for this long is dead, in seconds.
     pub dead_after_seconds: u64,
-    /// First of the 65,536 user and group ids from which each VM gets one of
-    /// its own. 0 runs VMMs as root, without capabilities.
+    /// First of the 2^28 user and group ids from which each VM gets one of its
+    /// own. 0 runs VMMs as root, without capabilities.
     pub first_vm_uid: u32,
     /// Bytes of the guest's console that are kept.
     pub console_bytes: usize,

@@ -138,7 +138,7 @@ async fn bring_up(
             vsock_daemon: config.vsock_daemon.clone(),
             helper: runtime.helper.clone(),
         },
-        user: (config.first_vm_uid != 0).then(|| VmUser {
+        user: (config.first_vm_uid != 0).then_some(VmUser {
             first: config.first_vm_uid,
         }),
         console_bytes: config.console_bytes,

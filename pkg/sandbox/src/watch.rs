@@ -2,6 +2,7 @@
 //! What a running sandbox listens to: the agent's events, its heartbeat, and
 //! the death of its VM.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -30,8 +31,10 @@ pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
     if let Some(vm) = vm {
         spawn(sandbox, watch_vm(Arc::downgrade(sandbox), vm));
     }
-    spawn(sandbox, watch_events(Arc::downgrade(sandbox)));
-    spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox)));
+    // The last event that was handled: the agent keeps those after it.
+    let seen = Arc::new(AtomicU64::new(0));
+    spawn(sandbox, watch_events(Arc::downgrade(sandbox), Arc::clone(&seen)));
+    spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox), seen));
 }
 
 fn spawn(sandbox: &Sandbox, watcher: impl Future<Output = ()> + Send + 'static) {
@@ -73,15 +76,14 @@ fn declare_dead(sandbox: &Arc<Sandbox>, reason: String) {
     sandbox.stop_in_background();
 }
 
-async fn watch_events(sandbox: Weak<Sandbox>) {
-    let mut seen = 0;
+async fn watch_events(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
     let error = loop {
         let stream = match sandbox.upgrade() {
-            Some(sandbox) => subscribe(&sandbox, seen).await,
+            Some(sandbox) => subscribe(&sandbox, seen.load(Ordering::Acquire)).await,
             None => return,
         };
         match stream {
-            Ok(stream) => match follow(&sandbox, stream, &mut seen).await {
+            Ok(stream) => match follow(&sandbox, stream, &seen).await {
                 Ok(()) => {}
                 Err(status) => break status.to_string(),
             },
@@ -122,26 +124,24 @@ async fn subscribe(
 async fn follow(
     sandbox: &Weak<Sandbox>,
     mut stream: Streaming<agent::Event>,
-    seen: &mut u64,
+    seen: &AtomicU64,
 ) -> Result<(), tonic::Status> {
     while let Some(event) = stream.message().await? {
         let Some(sandbox) = sandbox.upgrade() else {
             return Ok(());
         };
-        if event.sequence <= *seen {
+        let before = seen.load(Ordering::Acquire);
+        if event.sequence <= before {
             continue;
         }
-        if event.sequence != *seen + 1 {
-            tracing::error!(
-                seen = *seen,
-                got = event.sequence,
-                "events of the guest were lost"
-            );
+        if event.sequence - before != 1 {
+            let got = event.sequence;
+            tracing::error!(before, got, "events of the guest were lost");
         }
-        *seen = event.sequence;
         if let Some(kind) = event.kind {
             handle(&sandbox, kind);
         }
+        seen.store(event.sequence, Ordering::Release);
     }
     Err(tonic::Status::unavailable("the event stream ended"))
 }
@@ -185,7 +185,7 @@ fn status(exit: &agent::Exit) -> ExitStatus {
     }
 }
 
-async fn watch_heartbeat(sandbox: Weak<Sandbox>) {
+async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
     let (interval, dead_after) = match sandbox.upgrade() {
         Some(sandbox) => {
             let config = &sandbox.runtime.config;
@@ -205,8 +205,9 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>) {
             return;
         };
         let by = Deadline::after(interval);
+        let acknowledged_sequence = seen.load(Ordering::Acquire);
         let ping = async |mut client: agent::agent_client::AgentClient<_>| {
-            client.ping(agent::PingRequest {}).await
+            client.ping(agent::PingRequest { acknowledged_sequence }).await
         };
         let alive = sandbox.ask("Ping", by, ping).await.is_ok();
         if alive {

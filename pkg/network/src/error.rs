@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Why a pod's network cannot be handed to a VM.
+
+use std::io;
+use std::path::PathBuf;
+
+/// A pod's network cannot be set up or released.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetworkError {
+    /// The namespace cannot be entered.
+    #[error("enter network namespace {}", path.display())]
+    Namespace {
+        /// Where it is.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused a step.
+    #[error("{step}: {reason}")]
+    Step {
+        /// Which step.
+        step: String,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// The CNI left nothing that could be handed over.
+    #[error("network namespace {} has no interface with an address", .0.display())]
+    NoInterface(PathBuf),
+    /// The deadline passed.
+    #[error("network setup did not end in time")]
+    Deadline,
+    /// A thread of ours died.
+    #[error("the network thread ended without an answer")]
+    Lost,
+}
+
+impl NetworkError {
+    pub(crate) fn step<E: std::fmt::Display>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let step = step.into();
+        move |error| Self::Step {
+            step,
+            reason: error.to_string(),
+        }
+    }
+}

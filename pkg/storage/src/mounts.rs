@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making and undoing mounts.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::error::StorageError;
+use crate::volume::{Propagation, RootfsMount, Volume};
+
+const NONE: Option<&str> = None;
+
+/// Options of `mount` that are flags to the kernel (util-linux' `mount(8)`).
+const FLAGS: [(&str, MsFlags); 14] = [
+    ("ro", MsFlags::MS_RDONLY),
+    ("nosuid", MsFlags::MS_NOSUID),
+    ("nodev", MsFlags::MS_NODEV),
+    ("noexec", MsFlags::MS_NOEXEC),
+    ("sync", MsFlags::MS_SYNCHRONOUS),
+    ("dirsync", MsFlags::MS_DIRSYNC),
+    ("noatime", MsFlags::MS_NOATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME),
+    ("relatime", MsFlags::MS_RELATIME),
+    ("strictatime", MsFlags::MS_STRICTATIME),
+    ("bind", MsFlags::MS_BIND),
+    ("rbind", MsFlags::MS_BIND.union(MsFlags::MS_REC)),
+    ("rw", MsFlags::empty()),
+    ("defaults", MsFlags::empty()),
+];
+
+/// Splits options into flags and what the filesystem itself reads.
+fn split_options(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match FLAGS.iter().find(|(name, _)| name == option) {
+            Some((_, flag)) => flags |= *flag,
+            None => data.push(option.as_str()),
+        }
+    }
+    (flags, data.join(","))
+}
+
+/// Mounts one of a snapshotter's mounts at `target`.
+pub(crate) fn mount_rootfs(entry: &RootfsMount, target: &Path) -> Result<(), StorageError> {
+    let failed = || StorageError::path("mount the root filesystem at", target);
+    let (mut flags, data) = split_options(&entry.options);
+    let is_bind = entry.fstype == "bind" || flags.contains(MsFlags::MS_BIND);
+    if is_bind {
+        flags |= MsFlags::MS_BIND;
+    }
+    let fstype = (!is_bind).then_some(entry.fstype.as_str());
+    let data = (!data.is_empty()).then_some(data.as_str());
+    mount(Some(entry.source.as_str()), target, fstype, flags, data).map_err(failed())?;
+    // The kernel ignores other flags while it binds.
+    if is_bind && flags.contains(MsFlags::MS_RDONLY) {
+        let again = flags | MsFlags::MS_REMOUNT;
+        mount(NONE, target, NONE, again, NONE).map_err(failed())?;
+    }
+    Ok(())
+}
+
+/// Binds a volume to `target`, which exists and is of the same kind.
+pub(crate) fn bind(volume: &Volume, target: &Path) -> Result<(), StorageError> {
+    let mut flags = MsFlags::MS_BIND;
+    if volume.recursive {
+        flags |= MsFlags::MS_REC;
+    }
+    mount(Some(&volume.source), target, NONE, flags, NONE).map_err(|errno| {
+        StorageError::Source {
+            path: volume.source.clone(),
+            source: errno.into(),
+        }
+    })?;
+    // A slave that is shared again passes on to the server what it gets.
+    let propagation = match volume.propagation {
+        Propagation::Private => MsFlags::MS_PRIVATE,
+        Propagation::HostToContainer => MsFlags::MS_SLAVE,
+    };
+    let mut steps = vec![propagation];
+    if volume.propagation == Propagation::HostToContainer {
+        steps.push(MsFlags::MS_SHARED);
+    }
+    for step in steps {
+        mount(NONE, target, NONE, step | MsFlags::MS_REC, NONE)
+            .map_err(StorageError::path("set the propagation of", target))?;
+    }
+    if volume.read_only {
+        make_read_only(target, volume.recursive_read_only)
+            .map_err(StorageError::path("make read-only", target))?;
+    }
+    Ok(())
+}
+
+/// Makes a mount read-only, with what is mounted below it if asked for.
+fn make_read_only(target: &Path, recursive: bool) -> io::Result<()> {
+    let points = if recursive {
+        crate::table::below(target).map_err(io::Error::other)?
+    } else {
+        vec![target.to_path_buf()]
+    };
+    for point in points {
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(NONE, &point, NONE, flags, NONE)?;
+    }
+    Ok(())
+}
+
+/// Makes `folder` a read-only mount of its own whose mounts are passed on.
+pub(crate) fn make_shared(folder: &Path) -> Result<(), StorageError> {
+    let failed = || StorageError::path("make a shared mount of", folder);
+    mount(Some(folder), folder, NONE, MsFlags::MS_BIND, NONE).map_err(failed())?;
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    for step in [read_only, MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        mount(NONE, folder, NONE, step, NONE).map_err(failed())?;
+    }
+    Ok(())
+}
+
+/// Undoes the topmost mount at `target`. Busy mounts are detached: they end
+/// with their last user, and the name is free at once.
+pub(crate) fn unmount(target: &Path) -> Result<Unmounted, StorageError> {
+    match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => return Ok(Unmounted::Clean),
+        Err(nix::Error::EBUSY) => {}
+        Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(Unmounted::Absent),
+        Err(errno) => return Err(StorageError::path("unmount", target)(errno)),
+    }
+    umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)
+        .map_err(StorageError::path("detach", target))?;
+    Ok(Unmounted::Detached)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unmounted {
+    Clean,
+    Detached,
+    Absent,
+}
+
+/// An empty mount point of the kind that `source` is.
+pub(crate) fn make_point(source: &Path, target: &Path) -> Result<(), StorageError> {
+    let kind = fs::metadata(source).map_err(|error| StorageError::Source {
+        path: source.into(),
+        source: error,
+    })?;
+    let made = if kind.is_dir() {
+        fs::create_dir(target)
+    } else {
+        fs::write(target, "")
+    };
+    made.map_err(StorageError::path("make", target))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_split() {
+        let options = ["ro", "lowerdir=/a:/b", "noexec", "index=off"].map(str::to_owned);
+        let (flags, data) = split_options(&options);
+        assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC);
+        assert_eq!(data, "lowerdir=/a:/b,index=off");
+        let (flags, _) = split_options(&["rbind".to_owned()]);
+        assert!(flags.contains(MsFlags::MS_BIND | MsFlags::MS_REC));
+    }
+}
