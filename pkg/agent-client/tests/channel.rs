@@ -42,7 +42,7 @@ fn serve(stream: UnixStream) -> tokio::task::JoinHandle<()> {
 
 async fn ping(channel: &AgentChannel, by: Deadline) -> Result<(), AgentError> {
     let ping = channel.call("Ping", by, async |mut client| {
-        client.ping(PingRequest {}).await
+        client.ping(PingRequest::default()).await
     });
     ping.await.map(drop)
 }
@@ -115,7 +115,7 @@ async fn l4_a_hanging_grpc_shutdown_still_closes_the_transport() {
         .await
         .unwrap();
     let mut client = channel.client().unwrap();
-    let pending = tokio::spawn(async move { client.ping(PingRequest {}).await });
+    let pending = tokio::spawn(async move { client.ping(PingRequest::default()).await });
     tokio::time::sleep(Duration::from_millis(50)).await;
     let report = channel.close(after(100)).await;
     assert!(

@@ -95,14 +95,13 @@ impl Sandbox {
 
     /// The PIDs that a container's spec may name in `/proc/<PID>/ns/pid`.
     fn pid_targets(&self) -> Vec<(u32, Option<ContainerId>)> {
-        self.all_processes()
+        let containers = self
+            .all_processes()
             .into_iter()
-            .filter(|process| process.id.exec.is_none())
-            .map(|process| {
-                let target = (!process.pause).then(|| process.id.container.clone());
-                (process.pid, target)
-            })
-            .collect()
+            .filter(|process| process.id.exec.is_none() && !process.pause)
+            .map(|process| (process.pid, Some(process.id.container.clone())));
+        // The pod's own PID is the VMM's, with and without a pause container.
+        std::iter::once((self.vmm_pid(), None)).chain(containers).collect()
     }
 
     /// Freezes a container.

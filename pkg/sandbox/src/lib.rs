@@ -32,6 +32,6 @@ pub use podhull_storage::RootfsMount;
 pub use rundir::RunDir;
 pub use sandbox::Sandbox;
 pub use spec::{
-    ContainerSpec, Deleted, PodFiles, ProcessState, Runtime, SandboxEvent, SandboxSpec, Status,
-    Stdio,
+    ContainerSpec, Deleted, EventSink, PodFiles, ProcessState, Runtime, SandboxEvent, SandboxSpec,
+    Status, Stdio,
 };

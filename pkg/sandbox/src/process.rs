@@ -4,10 +4,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use podhull_types::{ExitStatus, ProcessRef};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::error::SandboxError;
-use crate::spec::{ProcessState, SandboxEvent, Status, Stdio};
+use crate::spec::{EventSink, ProcessState, SandboxEvent, Status, Stdio};
 use crate::stdio::ProcessIo;
 
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +29,7 @@ pub(crate) struct Process {
     pub(crate) pause: bool,
     life: watch::Sender<Life>,
     io: Mutex<Option<ProcessIo>>,
-    events: mpsc::UnboundedSender<SandboxEvent>,
+    events: EventSink,
 }
 
 fn name(status: Status) -> &'static str {
@@ -47,7 +47,7 @@ impl Process {
         pid: u32,
         stdio: Stdio,
         pause: bool,
-        events: mpsc::UnboundedSender<SandboxEvent>,
+        events: EventSink,
     ) -> Self {
         let life = Life {
             status: Status::Created,
@@ -104,8 +104,8 @@ impl Process {
             }
             announce(self.pid);
             life.announced = true;
+            self.report_exit(life);
         });
-        self.report_exit();
     }
 
     pub(crate) fn set_paused(&self, paused: bool) {
@@ -121,26 +121,21 @@ impl Process {
         self.life.send_modify(|life| {
             life.exit.get_or_insert(exit);
             life.status = Status::Stopped;
+            self.report_exit(life);
         });
-        self.report_exit();
     }
 
-    /// Tells the exit once, after the start.
-    fn report_exit(&self) {
-        self.life.send_if_modified(|life| {
-            let Some(exit) = life.exit else { return false };
-            if !life.announced || life.reported {
-                return false;
-            }
-            life.reported = true;
-            let exited = SandboxEvent::Exited {
-                process: self.id.clone(),
-                pid: self.pid,
-                exit,
-            };
-            // Nobody listens any more once the shim ends.
-            drop(self.events.send(exited));
-            false
+    /// Tells the exit once, after the start and before whoever waits is woken:
+    /// a delete that follows must not overtake it.
+    fn report_exit(&self, life: &mut Life) {
+        let Some(exit) = life.exit.filter(|_| life.announced && !life.reported) else {
+            return;
+        };
+        life.reported = true;
+        self.events.send(SandboxEvent::Exited {
+            process: self.id.clone(),
+            pid: self.pid,
+            exit,
         });
     }
 
@@ -180,8 +175,9 @@ mod tests {
 
     use super::*;
 
-    fn process() -> (Process, mpsc::UnboundedReceiver<SandboxEvent>) {
-        let (events, received) = mpsc::unbounded_channel();
+    fn process() -> (Process, std::sync::mpsc::Receiver<SandboxEvent>) {
+        let (events, received) = std::sync::mpsc::channel();
+        let events = EventSink::new(move |event| drop(events.send(event)));
         let id = ProcessRef::init(ContainerId::new("c1").unwrap());
         (
             Process::new(id, 7, Stdio::default(), false, events),
@@ -191,7 +187,7 @@ mod tests {
 
     #[test]
     fn an_exit_is_told_once_and_after_the_start() {
-        let (process, mut events) = process();
+        let (process, events) = process();
         process.exited(ExitStatus {
             code: 3,
             ..ExitStatus::vm_gone()

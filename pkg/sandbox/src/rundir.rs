@@ -30,15 +30,11 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunDir(PathBuf);
 
-/// Files in the folder itself; everything else belongs to the VMM or to the
-/// shared tree, which remove what they made.
-const FILES: [&str; 5] = [
-    "sandbox.json",
-    "boot.json",
-    "shim.log",
-    "shim.1",
-    "shim.sock",
-];
+/// Files of the sandbox in the folder; everything else belongs to the VMM or to
+/// the shared tree, which remove what they made.
+const SANDBOX_FILES: [&str; 2] = ["sandbox.json", "boot.json"];
+/// Files of the shim, which may outlive its sandbox: containerd still asks.
+const SHIM_FILES: [&str; 3] = ["shim.log", "shim.1", "shim.sock"];
 
 impl RunDir {
     /// The folder of a sandbox; it need not exist.
@@ -137,38 +133,41 @@ impl RunDir {
         }
     }
 
-    /// Removes our files and the folder. Nothing else is removed: a folder that
-    /// is not empty then is an error.
+    /// Removes the sandbox's files and folders; the shim's stay. Nothing else is
+    /// removed: a folder that is not empty is an error.
+    ///
+    /// # Errors
+    /// [`SandboxError::File`] naming what could not be removed.
+    pub(crate) fn release(&self) -> Result<(), SandboxError> {
+        for name in SANDBOX_FILES {
+            remove(&self.0.join(name), fs::remove_file)?;
+        }
+        remove(&self.vm(), fs::remove_dir)?;
+        remove(&self.share(), fs::remove_dir)
+    }
+
+    /// Removes everything of ours and the folder. Nothing else is removed: a
+    /// folder that is not empty then is an error.
     ///
     /// # Errors
     /// [`SandboxError::File`] naming what could not be removed.
     pub fn remove(&self) -> Result<(), SandboxError> {
-        for name in FILES {
-            let path = self.0.join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(SandboxError::File {
-                        what: "remove",
-                        path,
-                        source: error,
-                    });
-                }
-                _ => {}
-            }
+        self.release()?;
+        for name in SHIM_FILES {
+            remove(&self.0.join(name), fs::remove_file)?;
         }
-        for folder in [self.vm(), self.share(), self.0.clone()] {
-            match fs::remove_dir(&folder) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(SandboxError::File {
-                        what: "remove folder",
-                        path: folder,
-                        source,
-                    });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        remove(&self.0, fs::remove_dir)
+    }
+}
+
+fn remove(path: &Path, how: fn(PathBuf) -> io::Result<()>) -> Result<(), SandboxError> {
+    match how(path.to_path_buf()) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(SandboxError::File {
+            what: "remove",
+            path: path.into(),
+            source,
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -11,14 +11,14 @@ use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
 use podhull_types::{
     BootPhase, BootTimes, ContainerId, Deadline, ExecId, ExitStatus, ProcessRef, Token,
 };
-use tokio::sync::{RwLock, mpsc, watch};
+use tokio::sync::{RwLock, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::SandboxError;
 use crate::pids::{Pids, of_guest};
 use crate::process::Process;
-use crate::spec::{Deleted, ProcessState, Runtime, SandboxEvent, SandboxSpec, Status, Stdio};
+use crate::spec::{Deleted, EventSink, ProcessState, Runtime, SandboxSpec, Status, Stdio};
 use crate::teardown::{self, Parts};
 
 /// How far the sandbox is from its end.
@@ -54,7 +54,7 @@ pub struct Sandbox {
     pub(crate) suspect: watch::Sender<bool>,
     /// Why the VM ended, if it did by itself.
     pub(crate) death: OnceLock<String>,
-    pub(crate) events: mpsc::UnboundedSender<SandboxEvent>,
+    pub(crate) events: EventSink,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop_watching: CancellationToken,
     times: Mutex<BootTimes>,
@@ -74,17 +74,16 @@ pub(crate) struct Booted {
 }
 
 impl Sandbox {
-    /// Boots a sandbox. Events come on the channel returned with it; they end
-    /// when the sandbox is dropped.
+    /// Boots a sandbox; what happens in it is told to `events`.
     ///
     /// # Errors
     /// What failed; everything made until then has been released.
     pub async fn boot(
         runtime: Arc<Runtime>,
         spec: SandboxSpec,
-    ) -> Result<(Arc<Self>, mpsc::UnboundedReceiver<SandboxEvent>), SandboxError> {
+        events: EventSink,
+    ) -> Result<Arc<Self>, SandboxError> {
         let booted = crate::boot::boot(&runtime, &spec).await?;
-        let (events, received) = mpsc::unbounded_channel();
         let sandbox = Arc::new(Self {
             spec,
             runtime,
@@ -106,7 +105,7 @@ impl Sandbox {
             times: Mutex::new(booted.times),
         });
         crate::watch::start(&sandbox).await;
-        Ok((sandbox, received))
+        Ok(sandbox)
     }
 
     /// The PID of the VMM on the host.
@@ -327,6 +326,15 @@ impl Sandbox {
     /// whatever fails on the way. Later calls wait for the first one's end.
     pub async fn stop(self: &Arc<Self>, by: Deadline) -> CloseReport {
         teardown::stop(self, by).await
+    }
+
+    /// How the pod ended, once everything is released.
+    #[must_use]
+    pub fn exit(&self) -> Option<ExitStatus> {
+        match *self.phase.borrow() {
+            Phase::Stopped(exit) => Some(exit),
+            Phase::Running | Phase::Stopping => None,
+        }
     }
 
     /// Resolves once everything is released; says how the pod ended. Cancel

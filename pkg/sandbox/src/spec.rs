@@ -2,7 +2,9 @@
 //! What a sandbox and its containers are made from, and what they tell.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use oci_spec::runtime::Spec;
@@ -146,4 +148,26 @@ pub enum SandboxEvent {
         /// Why, for people.
         reason: String,
     },
+}
+
+/// Where events go. Called in the order in which things happened, before
+/// whoever waits for them is woken: it must not block.
+#[derive(Clone)]
+pub struct EventSink(Arc<dyn Fn(SandboxEvent) + Send + Sync>);
+
+impl EventSink {
+    /// A sink that calls `take`.
+    pub fn new(take: impl Fn(SandboxEvent) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(take))
+    }
+
+    pub(crate) fn send(&self, event: SandboxEvent) {
+        (self.0)(event);
+    }
+}
+
+impl fmt::Debug for EventSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EventSink")
+    }
 }

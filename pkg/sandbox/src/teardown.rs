@@ -203,7 +203,7 @@ pub(crate) async fn tear_down(
         "folder",
         parts
             .run_dir
-            .remove()
+            .release()
             .map_or_else(failed, |()| Outcome::Clean),
     );
     for (step, outcome) in report.steps() {

@@ -58,10 +58,14 @@ pub(crate) fn translate(
 ) -> Result<GuestSpec, SandboxError> {
     let mut oci = container.oci.clone();
     refuse_host_devices(&oci)?;
+    refuse_user_namespace(&oci)?;
     let pid_namespace = pid_namespace(&oci, targets)?;
     strip_host(&mut oci);
     let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
-    let mounts = oci.mounts().clone().unwrap_or_default();
+    let mut mounts = oci.mounts().clone().unwrap_or_default();
+    if sandbox.files.hostname.is_some() {
+        mounts.extend(hostname_mount(&mounts));
+    }
     let mut translated = Vec::with_capacity(mounts.len());
     for mount in mounts {
         translated.push(translate_mount(mount, container, tree, &sandbox.files)?);
@@ -97,6 +101,36 @@ fn refuse_host_devices(oci: &Spec) -> Result<(), SandboxError> {
             device.path().display()
         ),
     ))
+}
+
+fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
+    let linux = oci.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let asked = namespaces
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    if asked {
+        let reason = "user namespaces of pods are not offered; the VM keeps them from the host";
+        return Err(SandboxError::refused("hostUsers", reason));
+    }
+    Ok(())
+}
+
+/// The mount of /etc/hostname that containerd leaves out if the file is made by
+/// the shim; `None` if the container has one of its own.
+fn hostname_mount(mounts: &[Mount]) -> Option<Mount> {
+    let destination = Path::new("/etc/hostname");
+    if mounts.iter().any(|mount| mount.destination() == destination) {
+        return None;
+    }
+    let mut mount = Mount::default();
+    mount
+        .set_destination(destination.into())
+        .set_typ(Some("bind".into()))
+        .set_source(Some("/nonexistent".into()))
+        .set_options(Some(vec!["rbind".into(), "rprivate".into(), "rw".into()]));
+    Some(mount)
 }
 
 fn pid_namespace(

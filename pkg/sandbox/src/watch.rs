@@ -71,8 +71,7 @@ fn declare_dead(sandbox: &Arc<Sandbox>, reason: String) {
     for process in sandbox.all_processes() {
         process.exited(ExitStatus::vm_gone());
     }
-    // Nobody listens any more once the shim ends.
-    drop(sandbox.events.send(SandboxEvent::Died { reason }));
+    sandbox.events.send(SandboxEvent::Died { reason });
     sandbox.stop_in_background();
 }
 
@@ -161,7 +160,7 @@ fn handle(sandbox: &Sandbox, kind: event::Kind) {
             }
         }
         event::Kind::Oom(oom) => match ContainerId::new(oom.container_id) {
-            Ok(container) => drop(sandbox.events.send(SandboxEvent::OutOfMemory { container })),
+            Ok(container) => sandbox.events.send(SandboxEvent::OutOfMemory { container }),
             Err(error) => tracing::warn!(%error, "OOM of a malformed id"),
         },
     }

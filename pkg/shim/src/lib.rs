@@ -1,1 +1,33 @@
-//! containerd's contract: bootstrap, Task and Sandbox services, events.
+// SPDX-License-Identifier: Apache-2.0
+//! containerd's contract with a shim: how it is started and found, the Task and
+//! Sandbox services, and the events it publishes.
+//!
+//! One process serves one pod. `start` makes it, or finds the one of the pod
+//! that a container belongs to; `delete` releases what a shim left that died.
+//! Requests are decoded here, handed to [`podhull_sandbox`], and its errors
+//! become status codes in one place, `status`.
+//!
+//! This crate must not know transports, the agent, or which VMM there is, and it
+//! writes nothing to standard output: what containerd reads is returned.
+//!
+//! Reading order: [`args`], [`bootstrap`], [`server`], `shim`, `task_service`,
+//! `sandbox_service`, `bundle`, `cri`, `publisher`, `status`.
+
+pub mod args;
+pub mod bootstrap;
+mod bundle;
+mod cri;
+pub mod delete;
+mod error;
+pub mod info;
+mod publisher;
+mod sandbox_service;
+pub mod server;
+mod shim;
+mod stats;
+mod status;
+mod task_service;
+mod wire;
+
+pub use args::{Action, Args};
+pub use error::ShimError;

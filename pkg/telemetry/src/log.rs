@@ -69,6 +69,11 @@ pub fn init(filter: &str, fifo: Option<&Path>, file: Option<&Path>) -> Result<()
         .map_err(|_| LogError::Twice)
 }
 
+/// Puts panics into the log; nobody reads standard error.
+pub fn panics() {
+    std::panic::set_hook(Box::new(|info| tracing::error!(%info, "panic")));
+}
+
 fn open_fifo(path: &Path) -> Option<File> {
     // Opening for reading too: the open succeeds before containerd reads, and
     // containerd's death does not turn writes into errors.

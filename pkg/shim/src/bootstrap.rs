@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `start`: makes the process that serves a pod, or finds it.
+//!
+//! What containerd sends and expects differs between its releases (containerd's
+//! `core/runtime/v2/binary.go` and `shim.go`):
+//!
+//! | containerd | on standard input | answered with |
+//! |---|---|---|
+//! | 1.6 to 2.2 | the runtime's options, an Any | the address: task API version 2, `start` once per container |
+//! | from 2.3 | BootstrapParams | JSON: task API version 3, containers join by address |
+//!
+//! Both read `address` in each bundle when they come back, 1.x needs it.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::protobuf::Message;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{Mode, umask};
+use podhull_config::Config;
+use podhull_sandbox::RunDir;
+use podhull_types::SandboxId;
+
+use crate::args::Args;
+use crate::bundle;
+use crate::error::ShimError;
+
+/// Time for the serving process to accept connections.
+const SERVING: Duration = Duration::from_secs(20);
+/// What the serving process says when it does.
+pub(crate) const SERVES: &str = "serves";
+/// Where containerd listens for events.
+pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// Programs that the serving process may need.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What containerd told `start`, beside the flags.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// The folder in which containerd started us: the bundle.
+    pub bundle: PathBuf,
+    /// What came on standard input.
+    pub stdin: Vec<u8>,
+    /// containerd's ttrpc socket, from the environment.
+    pub ttrpc_address: String,
+}
+
+impl Caller {
+    /// The bootstrap parameters, if a containerd that knows them has sent them.
+    /// The older message decodes as this one, too: id and namespace tell.
+    fn params(&self, args: &Args) -> Option<BootstrapParams> {
+        let params = BootstrapParams::parse_from_bytes(&self.stdin).ok()?;
+        (params.instance_id == args.id && params.namespace == args.namespace).then_some(params)
+    }
+}
+
+/// Makes or finds the process that serves the pod of `args.id`; gives what
+/// containerd is to read on standard output. `program` is our own.
+///
+/// # Errors
+/// What kept the process from serving; nothing of it stays.
+pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, ShimError> {
+    let config = Config::load(Path::new(podhull_config::PATH))?;
+    let spec = bundle::read(&caller.bundle)?;
+    let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
+    let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
+    let params = caller.params(args);
+    if sandbox.as_str() == args.id {
+        let ttrpc_address = match &params {
+            Some(params) => &params.containerd_ttrpc_address,
+            None => &caller.ttrpc_address,
+        };
+        serve_new(args, &run_dir, ttrpc_address, program)?;
+    } else {
+        UnixStream::connect(run_dir.socket()).map_err(|source| ShimError::ShimGone {
+            sandbox: sandbox.to_string(),
+            socket: run_dir.socket(),
+            source,
+        })?;
+    }
+    let address = format!("unix://{}", run_dir.socket().display());
+    write_address(&caller.bundle, &address)?;
+    Ok(match params {
+        Some(_) => serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"})
+            .to_string(),
+        None => address,
+    })
+}
+
+/// Written whole: containerd may read it at any moment.
+fn write_address(bundle: &Path, address: &str) -> Result<(), ShimError> {
+    let (new, path) = (bundle.join(".address"), bundle.join("address"));
+    fs::write(&new, address)
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(ShimError::file("write", path))
+}
+
+/// Starts the serving process and waits until it accepts connections.
+fn serve_new(
+    args: &Args,
+    run_dir: &RunDir,
+    ttrpc_address: &str,
+    program: &Path,
+) -> Result<(), ShimError> {
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    run_dir.create()?;
+    let socket = run_dir.socket();
+    let Some(listener) = listen(&socket)? else {
+        // Asked twice: it serves already.
+        return Ok(());
+    };
+    let started = spawn(args, listener, ttrpc_address, program);
+    if started.is_err() {
+        let removed = run_dir.remove();
+        tracing::debug!(?removed, "released what a failed start had made");
+    }
+    started
+}
+
+/// Listens at `socket`; `None` if somebody does. A socket that a dead process
+/// left is replaced.
+fn listen(socket: &Path) -> Result<Option<UnixListener>, ShimError> {
+    match UnixListener::bind(socket) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        bound => return bound.map(Some).map_err(ShimError::file("listen at", socket)),
+    }
+    if UnixStream::connect(socket).is_ok() {
+        return Ok(None);
+    }
+    fs::remove_file(socket).map_err(ShimError::file("remove stale socket", socket))?;
+    UnixListener::bind(socket)
+        .map(Some)
+        .map_err(ShimError::file("listen at", socket))
+}
+
+fn spawn(
+    args: &Args,
+    listener: UnixListener,
+    ttrpc_address: &str,
+    program: &Path,
+) -> Result<(), ShimError> {
+    let (said, says) = io::pipe().map_err(ShimError::system("make a pipe"))?;
+    let mut command = Command::new(program);
+    command
+        .args(["-namespace", &args.namespace])
+        .args(["-id", &args.id])
+        .args(["-address", &args.address])
+        .args(args.debug.then_some("-debug"))
+        .arg("serve")
+        .env_clear()
+        .env("PATH", PATH)
+        .env(TTRPC_ADDRESS, ttrpc_address)
+        // It takes its listener from standard input and reports on standard output.
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(says)
+        .stderr(Stdio::null());
+    let mut child = command.spawn().map_err(ShimError::file("run", program))?;
+    // Our end of the pipe goes, so that the child's death is its end.
+    drop(command);
+    let answer = read_until(said, Instant::now() + SERVING);
+    match answer {
+        Ok(text) if text == SERVES => Ok(()),
+        Ok(text) => {
+            let status = child.wait();
+            let text = if text.is_empty() { "it said nothing".into() } else { text };
+            tracing::debug!(?status, "the serving process ended");
+            Err(ShimError::NotServing(text))
+        }
+        Err(error) => {
+            let killed = child.kill().and_then(|()| child.wait());
+            tracing::debug!(?killed, "the serving process was killed");
+            Err(ShimError::NotServing(error.to_string()))
+        }
+    }
+}
+
+/// All that is written to `pipe` until its end, by `by`.
+fn read_until(mut pipe: io::PipeReader, by: Instant) -> io::Result<String> {
+    let mut text = Vec::new();
+    let mut buffer = [0; 1024];
+    loop {
+        let left = by.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        if poll(&mut [PollFd::new(std::os::fd::AsFd::as_fd(&pipe), PollFlags::POLLIN)], timeout)? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match pipe.read(&mut buffer)? {
+            0 => return Ok(String::from_utf8_lossy(&text).into_owned()),
+            count => text.extend_from_slice(&buffer[..count]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> Args {
+        Args::parse(["-namespace", "k8s.io", "-id", "s1", "start"].map(str::to_owned)).unwrap()
+    }
+
+    fn caller(stdin: Vec<u8>) -> Caller {
+        Caller {
+            bundle: "/bundle".into(),
+            stdin,
+            ttrpc_address: String::new(),
+        }
+    }
+
+    #[test]
+    fn bootstrap_parameters_are_told_from_options() {
+        let params = BootstrapParams {
+            instance_id: "s1".into(),
+            namespace: "k8s.io".into(),
+            ..BootstrapParams::default()
+        };
+        let bytes = params.write_to_bytes().unwrap();
+        assert_eq!(caller(bytes).params(&args()), Some(params));
+        let options = crate::wire::any("containerd.runc.v1.Options", b"k8s.io".to_vec());
+        let bytes = options.write_to_bytes().unwrap();
+        assert_eq!(caller(bytes).params(&args()), None);
+        assert_eq!(caller(vec![]).params(&args()), None);
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("shim.sock");
+        drop(listen(&socket).unwrap().unwrap());
+        let listener = listen(&socket).unwrap().unwrap();
+        assert!(listen(&socket).unwrap().is_none());
+        drop(listener);
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_not_waited_for_ever() {
+        let (said, _says) = io::pipe().unwrap();
+        let error = read_until(said, Instant::now() + Duration::from_millis(20)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn the_address_is_written_for_containerds_return() {
+        let folder = tempfile::tempdir().unwrap();
+        write_address(folder.path(), "unix:///x").unwrap();
+        assert_eq!(fs::read_to_string(folder.path().join("address")).unwrap(), "unix:///x");
+        assert!(!folder.path().join(".address").exists());
+    }
+}

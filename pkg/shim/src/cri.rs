@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A pod as the CRI describes it, which is all that a shim gets that makes
+//! sandboxes itself (`sandboxer = "shim"`).
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use k8s_cri::v1::{DnsConfig, NamespaceMode, PodSandboxConfig};
+use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec};
+use podhull_types::SandboxId;
+use prost::Message;
+
+use crate::bundle::{refuse_host, vcpus};
+use crate::error::ShimError;
+
+/// How containerd calls the type in an Any.
+const TYPE: &str = "runtime.v1.PodSandboxConfig";
+/// What a pod without an own one gets, as from containerd.
+const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
+
+/// The pod's configuration out of CreateSandbox's options.
+pub(crate) fn decode(options: Option<&Any>) -> Result<PodSandboxConfig, ShimError> {
+    let refused = |reason: String| ShimError::from(SandboxError::refused("options", reason));
+    let any = options.ok_or_else(|| refused("no PodSandboxConfig was given".into()))?;
+    // A type's name may have a host before a slash.
+    if any.type_url.rsplit('/').next() != Some(TYPE) {
+        return Err(refused(format!("expected {TYPE}, found {}", any.type_url)));
+    }
+    PodSandboxConfig::decode(any.value.as_slice()).map_err(|error| refused(error.to_string()))
+}
+
+/// The sandbox that `config` describes.
+///
+/// # Errors
+/// What a VM cannot have, by its field's name.
+pub(crate) fn sandbox_spec(
+    namespace: &str,
+    id: &SandboxId,
+    config: &PodSandboxConfig,
+    netns: &str,
+    started: Instant,
+) -> Result<SandboxSpec, ShimError> {
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    let modes = security.namespace_options.unwrap_or_default();
+    for (mode, field, what) in [
+        (modes.network(), "hostNetwork", "network"),
+        (modes.pid(), "hostPID", "processes"),
+        (modes.ipc(), "hostIPC", "IPC objects"),
+    ] {
+        if mode == NamespaceMode::Node {
+            return Err(refuse_host(field, what));
+        }
+    }
+    let resources = linux.resources.unwrap_or_default();
+    let memory = u64::try_from(resources.memory_limit_in_bytes).unwrap_or(0);
+    let period = u64::try_from(resources.cpu_period).unwrap_or(0);
+    let parent = Some(linux.cgroup_parent).filter(|parent| !parent.is_empty());
+    Ok(SandboxSpec {
+        id: id.clone(),
+        namespace: namespace.to_owned(),
+        hostname: config.hostname.clone(),
+        domainname: String::new(),
+        netns: Some(netns).filter(|path| !path.is_empty()).map(PathBuf::from),
+        cgroups_path: Some(cgroup(parent.as_deref(), namespace, id)),
+        sysctls: linux.sysctls.into_iter().collect(),
+        memory_limit_bytes: Some(memory).filter(|bytes| *bytes > 0),
+        vcpus: vcpus(resources.cpu_quota, period),
+        shm_size: None,
+        files: files(config)?,
+        started,
+    })
+}
+
+/// The sandbox's cgroup, named as containerd names a pause container's: systemd
+/// has slices and a name of three parts.
+fn cgroup(parent: Option<&str>, namespace: &str, id: &SandboxId) -> String {
+    match parent {
+        None => format!("/{namespace}/{id}"),
+        Some(parent) if parent.ends_with(".slice") => {
+            let slice = parent.rsplit('/').next().unwrap_or(parent);
+            format!("{slice}:cri-containerd:{id}")
+        }
+        Some(parent) => format!("{}/{id}", parent.trim_end_matches('/')),
+    }
+}
+
+fn files(config: &PodSandboxConfig) -> Result<PodFiles, ShimError> {
+    let host = |path: &'static str| match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.map_err(ShimError::file("read", path)),
+    };
+    let [hosts, resolv_conf] = HOST_FILES;
+    let dns = config.dns_config.as_ref().map(resolv).unwrap_or_default();
+    let resolv_conf = if dns.is_empty() { host(resolv_conf)? } else { dns };
+    Ok(PodFiles {
+        resolv_conf: Some(resolv_conf),
+        hosts: Some(host(hosts)?),
+        hostname: Some(format!("{}\n", config.hostname)),
+    })
+}
+
+/// resolv.conf(5) for the pod's DNS settings; empty if it has none.
+fn resolv(dns: &DnsConfig) -> String {
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        text += &format!("search {}\n", dns.searches.join(" "));
+    }
+    for server in &dns.servers {
+        text += &format!("nameserver {server}\n");
+    }
+    if !dns.options.is_empty() {
+        text += &format!("options {}\n", dns.options.join(" "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_cri::v1::{LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption};
+
+    use super::*;
+
+    fn id() -> SandboxId {
+        SandboxId::new("s1").unwrap()
+    }
+
+    #[test]
+    fn a_pod_is_decoded_from_its_any() {
+        let config = PodSandboxConfig {
+            hostname: "web".into(),
+            ..PodSandboxConfig::default()
+        };
+        let any = Any {
+            type_url: TYPE.into(),
+            value: config.encode_to_vec(),
+            ..Any::default()
+        };
+        let decoded = decode(Some(&any)).unwrap();
+        let spec = sandbox_spec("k8s.io", &id(), &decoded, "/run/netns/x", Instant::now());
+        let spec = spec.unwrap();
+        assert_eq!(spec.hostname, "web");
+        assert_eq!(spec.cgroups_path.as_deref(), Some("/k8s.io/s1"));
+        assert_eq!(spec.files.hostname.as_deref(), Some("web\n"));
+        assert!(decode(None).is_err());
+        let other = Any::default();
+        assert!(decode(Some(&other)).is_err());
+    }
+
+    #[test]
+    fn the_hosts_namespaces_are_refused_by_name() {
+        let node = i32::from(NamespaceMode::Node);
+        for (options, field) in [
+            (NamespaceOption { network: node, ..NamespaceOption::default() }, "hostNetwork"),
+            (NamespaceOption { pid: node, ..NamespaceOption::default() }, "hostPID"),
+            (NamespaceOption { ipc: node, ..NamespaceOption::default() }, "hostIPC"),
+        ] {
+            let config = PodSandboxConfig {
+                linux: Some(LinuxPodSandboxConfig {
+                    security_context: Some(LinuxSandboxSecurityContext {
+                        namespace_options: Some(options),
+                        ..LinuxSandboxSecurityContext::default()
+                    }),
+                    ..LinuxPodSandboxConfig::default()
+                }),
+                ..PodSandboxConfig::default()
+            };
+            let made = sandbox_spec("k8s.io", &id(), &config, "", Instant::now());
+            let error = made.unwrap_err().to_string();
+            assert!(error.starts_with(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn cgroups_are_named_as_containerd_names_them() {
+        assert_eq!(cgroup(Some("/kubepods/pod1"), "k8s.io", &id()), "/kubepods/pod1/s1");
+        assert_eq!(
+            cgroup(Some("/kubepods.slice/kubepods-pod1.slice"), "k8s.io", &id()),
+            "kubepods-pod1.slice:cri-containerd:s1"
+        );
+    }
+
+    #[test]
+    fn dns_settings_become_a_file() {
+        let dns = DnsConfig {
+            servers: vec!["10.0.0.10".into()],
+            searches: vec!["a.local".into(), "b.local".into()],
+            options: vec!["ndots:5".into()],
+        };
+        assert_eq!(
+            resolv(&dns),
+            "search a.local b.local\nnameserver 10.0.0.10\noptions ndots:5\n"
+        );
+    }
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `serve`: the process of one pod, from its start to its end.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::sandbox_async::create_sandbox;
+use containerd_shim_protos::shim_async::create_task;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use podhull_config::Config;
+use podhull_sandbox::{RunDir, Runtime};
+use podhull_telemetry::{Metrics, log};
+use podhull_types::{Deadline, SandboxId};
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::r#async::{Server, transport::Listener};
+
+use crate::args::Args;
+use crate::bootstrap::{SERVES, TTRPC_ADDRESS};
+use crate::error::{ShimError, chain};
+use crate::publisher::Publisher;
+use crate::sandbox_service::SandboxService;
+use crate::shim::Shim;
+use crate::task_service::TaskService;
+
+/// How long a process serves that nobody asks for a pod.
+const IDLE: Duration = Duration::from_secs(120);
+/// Time for the last events to reach containerd.
+const LAST_EVENTS: Duration = Duration::from_secs(3);
+/// The names of the Task service: the methods are the same.
+const TASK_V3: &str = "containerd.task.v3.Task";
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// Serves the pod `args.id` until containerd ends it. Called in a process of
+/// its own with one thread, whose standard input is the listening socket and
+/// whose standard output is read by `start`.
+///
+/// # Errors
+/// What kept it from serving; `start` has been told.
+pub fn serve(args: &Args, program: PathBuf) -> Result<(), ShimError> {
+    let mut says = standard_output().map_err(ShimError::system("take standard output"))?;
+    let prepared = prepare(args, program);
+    match prepared {
+        Ok((runtime, prepared)) => runtime.block_on(run(prepared, says)),
+        Err(error) => {
+            says.write_all(chain(&error).as_bytes())
+                .map_err(ShimError::system("tell start"))?;
+            Err(error)
+        }
+    }
+}
+
+/// The pipe to `start`; standard output itself is /dev/null from here on.
+fn standard_output() -> io::Result<std::fs::File> {
+    let pipe = io::stdout().as_fd().try_clone_to_owned()?;
+    let null = std::fs::File::options().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    Ok(pipe.into())
+}
+
+#[derive(Debug)]
+struct Prepared {
+    namespace: String,
+    id: SandboxId,
+    listener: UnixListener,
+    run_dir: RunDir,
+    runtime: Arc<Runtime>,
+    started: Instant,
+}
+
+fn prepare(
+    args: &Args,
+    program: PathBuf,
+) -> Result<(tokio::runtime::Runtime, Prepared), ShimError> {
+    let started = Instant::now();
+    nix::unistd::setsid().map_err(ShimError::system("start a session"))?;
+    let config = Config::load(Path::new(podhull_config::PATH))?;
+    let id = SandboxId::new(args.id.as_str())?;
+    let run_dir = RunDir::of(&config.run_dir, &args.namespace, &id);
+    log::init(&config.log, Some(Path::new("log")), Some(&run_dir.log()))?;
+    log::panics();
+    own_mounts()?;
+    std::env::set_current_dir("/").map_err(ShimError::file("enter", "/"))?;
+    let metrics = Metrics::new().map_err(|error| ShimError::Metrics(error.to_string()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(ShimError::system("start the runtime"))?;
+    let prepared = Prepared {
+        namespace: args.namespace.clone(),
+        id,
+        listener: listener().map_err(ShimError::system("take the listening socket"))?,
+        run_dir,
+        runtime: Arc::new(Runtime {
+            config,
+            helper: program,
+            metrics,
+        }),
+        started,
+    };
+    Ok((runtime, prepared))
+}
+
+/// The pod's mounts are this process's own, so that they end with it; what the
+/// host mounts later is seen all the same.
+fn own_mounts() -> Result<(), ShimError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(ShimError::system("make a mount namespace"))?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(ShimError::system("keep mounts from the host"))
+}
+
+/// The listening socket from standard input, which is /dev/null from here on.
+fn listener() -> io::Result<UnixListener> {
+    let listener = UnixListener::from(io::stdin().as_fd().try_clone_to_owned()?);
+    rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimError> {
+    let Prepared {
+        namespace,
+        id,
+        listener,
+        run_dir,
+        runtime,
+        started,
+    } = prepared;
+    let events_to = std::env::var(TTRPC_ADDRESS).unwrap_or_default();
+    let publisher = Arc::new(Publisher::start(&namespace, &events_to));
+    let stop_timeout = runtime.config.stop_timeout();
+    let shim = Shim::new(namespace, id, runtime, Arc::clone(&publisher), started);
+    let mut server = server(&shim, listener)?;
+    let mut terminated =
+        signal(SignalKind::terminate()).map_err(ShimError::system("watch for SIGTERM"))?;
+    server.start().await.map_err(|error| ShimError::System {
+        step: "serve",
+        source: io::Error::other(error),
+    })?;
+    // `start` answers containerd once it reads the end of this.
+    says.write_all(SERVES.as_bytes())
+        .map_err(ShimError::system("tell start"))?;
+    drop(says);
+    tracing::info!(sandbox = %shim.id, "serving");
+
+    tokio::select! {
+        () = shim.ending.cancelled() => tracing::info!("containerd ends the shim"),
+        _ = terminated.recv() => tracing::info!("terminated"),
+        () = unused(&shim) => tracing::warn!("nobody asked for a pod"),
+    }
+    if let Ok(sandbox) = shim.sandbox() {
+        let report = sandbox.stop(Deadline::after(stop_timeout)).await;
+        tracing::info!(%report, "released");
+    }
+    publisher.finish(Deadline::after(LAST_EVENTS)).await;
+    // Answers that are on their way still leave; then the connections end.
+    if let Err(error) = server.shutdown().await {
+        tracing::warn!(%error, "server not shut down");
+    }
+    if let Err(error) = run_dir.remove() {
+        tracing::error!(%error, "run folder not removed");
+    }
+    Ok(())
+}
+
+fn server(shim: &Arc<Shim>, listener: UnixListener) -> Result<Server, ShimError> {
+    let listener = tokio::net::UnixListener::from_std(listener)
+        .map_err(ShimError::system("watch the socket"))?;
+    let task = TaskService(Arc::clone(shim));
+    let mut v2 = create_task(Arc::new(task.clone()));
+    if let Some(methods) = v2.remove(TASK_V3) {
+        v2.insert(TASK_V2.to_owned(), methods);
+    }
+    Ok(Server::new()
+        .add_listener(Listener::from(listener))
+        .register_service(create_task(Arc::new(task)))
+        .register_service(v2)
+        .register_service(create_sandbox(Arc::new(SandboxService(Arc::clone(shim))))))
+}
+
+/// Resolves if containerd made the process and then forgot it.
+async fn unused(shim: &Shim) {
+    loop {
+        tokio::time::sleep(IDLE).await;
+        if !shim.is_used() {
+            return;
+        }
+    }
+}

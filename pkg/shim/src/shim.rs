@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What both services share: the one sandbox of this process, and its end.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::topics;
+use podhull_sandbox::{EventSink, Runtime, Sandbox, SandboxError, SandboxEvent, SandboxSpec};
+use podhull_types::{ContainerId, ProcessRef, SandboxId};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::ShimError;
+use crate::publisher::Publisher;
+use crate::wire::timestamp;
+
+/// Where the process's sandbox is in its life.
+#[derive(Debug)]
+enum Slot {
+    /// containerd has not asked for it yet, or its boot failed.
+    Empty,
+    /// CreateSandbox described it; StartSandbox will boot it.
+    Described(Box<SandboxSpec>),
+    Booting,
+    Running(Arc<Sandbox>),
+}
+
+/// One pod's shim.
+#[derive(Debug)]
+pub(crate) struct Shim {
+    pub(crate) namespace: String,
+    pub(crate) id: SandboxId,
+    pub(crate) publisher: Arc<Publisher>,
+    /// When containerd called `start`.
+    pub(crate) started: Instant,
+    /// Cancelled when the process is to end.
+    pub(crate) ending: CancellationToken,
+    runtime: Arc<Runtime>,
+    slot: Mutex<Slot>,
+    created_at: Mutex<Option<SystemTime>>,
+}
+
+impl Shim {
+    pub(crate) fn new(
+        namespace: String,
+        id: SandboxId,
+        runtime: Arc<Runtime>,
+        publisher: Arc<Publisher>,
+        started: Instant,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            namespace,
+            id,
+            publisher,
+            started,
+            ending: CancellationToken::new(),
+            runtime,
+            slot: Mutex::new(Slot::Empty),
+            created_at: Mutex::new(None),
+        })
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The running sandbox; NotFound while there is none.
+    pub(crate) fn sandbox(&self) -> Result<Arc<Sandbox>, ShimError> {
+        match &*self.slot() {
+            Slot::Running(sandbox) => Ok(Arc::clone(sandbox)),
+            _ => {
+                let id = ContainerId::new(self.id.as_str())?;
+                Err(SandboxError::NoProcess(ProcessRef::init(id)).into())
+            }
+        }
+    }
+
+    /// True once something was asked for: an idle process ends by itself.
+    pub(crate) fn is_used(&self) -> bool {
+        !matches!(&*self.slot(), Slot::Empty)
+    }
+
+    /// When the sandbox was booted.
+    pub(crate) fn created_at(&self) -> Option<SystemTime> {
+        *self
+            .created_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what StartSandbox will boot.
+    pub(crate) fn describe(&self, spec: SandboxSpec) -> Result<(), ShimError> {
+        let mut slot = self.slot();
+        match *slot {
+            Slot::Empty => {
+                *slot = Slot::Described(Box::new(spec));
+                Ok(())
+            }
+            _ => Err(self.exists()),
+        }
+    }
+
+    /// Takes what CreateSandbox described.
+    pub(crate) fn described(&self) -> Result<SandboxSpec, ShimError> {
+        let mut slot = self.slot();
+        match std::mem::replace(&mut *slot, Slot::Empty) {
+            Slot::Described(spec) => Ok(*spec),
+            other => {
+                *slot = other;
+                let reason = "the sandbox was not created, or was started already";
+                Err(SandboxError::refused("sandbox_id", reason).into())
+            }
+        }
+    }
+
+    fn exists(&self) -> ShimError {
+        let id = ContainerId::new(self.id.as_str());
+        match id {
+            Ok(id) => SandboxError::ProcessExists(ProcessRef::init(id)).into(),
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Boots the sandbox. A caller that goes away does not interrupt it.
+    pub(crate) async fn boot(
+        self: &Arc<Self>,
+        spec: SandboxSpec,
+    ) -> Result<Arc<Sandbox>, ShimError> {
+        {
+            let mut slot = self.slot();
+            if !matches!(*slot, Slot::Empty) {
+                return Err(self.exists());
+            }
+            *slot = Slot::Booting;
+        }
+        let shim = Arc::clone(self);
+        detached(async move {
+            let events = forward(&shim);
+            let booted = Sandbox::boot(Arc::clone(&shim.runtime), spec, events).await;
+            let mut slot = shim.slot();
+            match booted {
+                Ok(sandbox) => {
+                    *slot = Slot::Running(Arc::clone(&sandbox));
+                    *shim
+                        .created_at
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+                    Ok(sandbox)
+                }
+                Err(error) => {
+                    *slot = Slot::Empty;
+                    Err(error.into())
+                }
+            }
+        })
+        .await
+    }
+
+    /// Lets the process end: everything is released on the way.
+    pub(crate) fn end(&self) {
+        self.ending.cancel();
+    }
+}
+
+/// Runs `work` to its end, also if whoever waits for it is gone: ttrpc drops a
+/// request whose connection or deadline ended, and half a change must not stay.
+pub(crate) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ShimError>> + Send + 'static,
+) -> Result<T, ShimError> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        Err(ShimError::System {
+            step: "serve the request",
+            source: std::io::Error::other(error),
+        })
+    })
+}
+
+/// Passes on what happens in the sandbox, in its order.
+fn forward(shim: &Arc<Shim>) -> EventSink {
+    let publisher = Arc::clone(&shim.publisher);
+    EventSink::new(move |event| match event {
+        SandboxEvent::Exited { process, pid, exit } => {
+            let container = process.container.to_string();
+            let event = TaskExit {
+                id: process.exec.map_or_else(|| container.clone(), |exec| exec.to_string()),
+                container_id: container,
+                pid,
+                exit_status: exit.code.into(),
+                exited_at: timestamp(exit.at),
+                ..TaskExit::default()
+            };
+            publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, "TaskExit", &event);
+        }
+        SandboxEvent::OutOfMemory { container } => {
+            let event = TaskOOM {
+                container_id: container.to_string(),
+                ..TaskOOM::default()
+            };
+            publisher.publish(topics::TASK_OOM_EVENT_TOPIC, "TaskOOM", &event);
+        }
+        // The exits that came before it are what containerd understands.
+        SandboxEvent::Died { reason } => tracing::error!(reason, "sandbox died"),
+    })
+}

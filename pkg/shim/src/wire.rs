@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Small conversions between containerd's messages and our values.
+
+use std::time::SystemTime;
+
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use podhull_sandbox::{RootfsMount, SandboxError, Stdio};
+use podhull_types::{ContainerId, ExecId, ProcessRef};
+use serde::de::DeserializeOwned;
+
+use crate::error::ShimError;
+
+pub(crate) fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
+    MessageField::some(at.into())
+}
+
+pub(crate) fn any(type_url: &str, value: Vec<u8>) -> Any {
+    Any {
+        type_url: type_url.into(),
+        value,
+        ..Any::default()
+    }
+}
+
+/// The process that `id` and `exec_id` name; an empty `exec_id` is the init's.
+pub(crate) fn process(id: &str, exec_id: &str) -> Result<ProcessRef, ShimError> {
+    let container = ContainerId::new(id)?;
+    if exec_id.is_empty() {
+        return Ok(ProcessRef::init(container));
+    }
+    Ok(ProcessRef::exec(container, ExecId::new(exec_id)?))
+}
+
+/// A FIFO's path. Other schemes run programs or write files on the host, and
+/// are refused.
+fn fifo(field: &str, uri: &str) -> Result<Option<std::path::PathBuf>, ShimError> {
+    if uri.is_empty() {
+        return Ok(None);
+    }
+    let path = match uri.split_once("://") {
+        None => uri,
+        Some(("fifo", path)) => path,
+        Some((scheme, _)) => {
+            let reason = format!("scheme {scheme} is refused: only FIFOs are accepted");
+            return Err(SandboxError::refused(field, reason).into());
+        }
+    };
+    if !path.starts_with('/') {
+        return Err(SandboxError::refused(field, format!("{path:?} is no absolute path")).into());
+    }
+    Ok(Some(path.into()))
+}
+
+/// The streams of a process. A terminal has no standard error of its own.
+pub(crate) fn stdio(
+    stdin: &str,
+    stdout: &str,
+    stderr: &str,
+    terminal: bool,
+) -> Result<Stdio, ShimError> {
+    let stderr = fifo("stderr", stderr)?.filter(|_| !terminal);
+    Ok(Stdio {
+        stdin: fifo("stdin", stdin)?,
+        stdout: fifo("stdout", stdout)?,
+        stderr,
+        terminal,
+    })
+}
+
+/// A path as containerd has it; empty if there is none.
+pub(crate) fn path_text(path: Option<&std::path::PathBuf>) -> String {
+    path.map(|path| path.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+pub(crate) fn rootfs(mounts: &[containerd_shim_protos::api::Mount]) -> Vec<RootfsMount> {
+    let entry = |mount: &containerd_shim_protos::api::Mount| RootfsMount {
+        fstype: mount.type_.clone(),
+        source: mount.source.clone(),
+        options: mount.options.clone(),
+    };
+    mounts.iter().map(entry).collect()
+}
+
+/// A JSON value that containerd packed into an Any.
+pub(crate) fn json<T: DeserializeOwned>(field: &str, any: &Any) -> Result<T, ShimError> {
+    let mut reader = serde_json::Deserializer::from_slice(&any.value);
+    serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let reason = format!("{}: {}", error.path(), error.inner());
+        SandboxError::refused(field, reason).into()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_fifos_are_accepted() {
+        let streams = stdio("/a", "/b", "/c", false).unwrap();
+        assert_eq!(streams.stderr, Some("/c".into()));
+        assert_eq!(stdio("", "/b", "/c", true).unwrap().stderr, None);
+        for uri in ["binary:///bin/sh?x", "file:///etc/passwd", "relative"] {
+            let error = stdio("", uri, "", false).unwrap_err().to_string();
+            assert!(error.contains("stdout"), "{error}");
+        }
+        assert_eq!(
+            stdio("", "fifo:///a", "", false).unwrap().stdout,
+            Some("/a".into())
+        );
+    }
+
+    #[test]
+    fn an_empty_exec_id_is_the_init_process() {
+        assert_eq!(process("c", "").unwrap().exec, None);
+        assert!(process("c", "e").unwrap().exec.is_some());
+        assert!(process("../c", "").is_err());
+    }
+}
