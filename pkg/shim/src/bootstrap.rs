@@ -108,10 +108,12 @@ fn serve_new(
     ttrpc_address: &str,
     program: &Path,
 ) -> Result<(), ShimError> {
-    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     run_dir.create()?;
     let socket = run_dir.socket();
-    let Some(listener) = listen(&socket)? else {
+    let usual = umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    let listener = listen(&socket);
+    umask(usual);
+    let Some(listener) = listener? else {
         // Asked twice: it serves already.
         return Ok(());
     };

@@ -12,6 +12,7 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
 use podhull_config::Config;
 use podhull_sandbox::{RunDir, Runtime};
 use podhull_telemetry::{Metrics, log};
@@ -78,6 +79,8 @@ fn prepare(
 ) -> Result<(tokio::runtime::Runtime, Prepared), ShimError> {
     let started = Instant::now();
     nix::unistd::setsid().map_err(ShimError::system("start a session"))?;
+    // What the guest's users must reach is made with the modes that are asked for.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let config = Config::load(Path::new(podhull_config::PATH))?;
     let id = SandboxId::new(args.id.as_str())?;
     let run_dir = RunDir::of(&config.run_dir, &args.namespace, &id);
