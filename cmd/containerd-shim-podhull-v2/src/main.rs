@@ -78,4 +78,3 @@ fn answer(bytes: &[u8]) -> anyhow::Result<()> {
         .and_then(|()| stdout.flush())
         .context("answer containerd")
 }
-

@@ -7,9 +7,7 @@ use futures::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use rtnetlink::packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourState,
-};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
@@ -86,10 +84,12 @@ pub(crate) async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, NetworkEr
 }
 
 pub(crate) fn name_of(link: &LinkMessage) -> Option<&str> {
-    link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::IfName(name) => Some(name.as_str()),
-        _ => None,
-    })
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.as_str()),
+            _ => None,
+        })
 }
 
 pub(crate) async fn find_interface(handle: &Handle) -> Result<Option<Found>, NetworkError> {
@@ -106,10 +106,7 @@ pub(crate) async fn find_interface(handle: &Handle) -> Result<Option<Found>, Net
     Ok(None)
 }
 
-async fn describe(
-    handle: &Handle,
-    link: &LinkMessage,
-) -> Result<Option<Interface>, NetworkError> {
+async fn describe(handle: &Handle, link: &LinkMessage) -> Result<Option<Interface>, NetworkError> {
     let (mut mac, mut mtu) = (None, 0);
     for attribute in &link.attributes {
         match attribute {
@@ -143,11 +140,14 @@ async fn addresses(handle: &Handle, index: u32) -> Result<Vec<String>, NetworkEr
         .map_err(NetworkError::step("list addresses"))?;
     let found = messages.iter().filter_map(|message| {
         let of = |local| {
-            message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Local(ip) if local => Some(*ip),
-                AddressAttribute::Address(ip) if !local => Some(*ip),
-                _ => None,
-            })
+            message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Local(ip) if local => Some(*ip),
+                    AddressAttribute::Address(ip) if !local => Some(*ip),
+                    _ => None,
+                })
         };
         // On IPv4 ADDRESS is the peer of a point-to-point link.
         let ip: IpAddr = of(true).or_else(|| of(false))?;
@@ -173,7 +173,11 @@ pub(crate) async fn routes(
             .try_collect()
             .await
             .map_err(NetworkError::step("list routes"))?;
-        found.extend(messages.iter().filter_map(|message| route(message, index, interface)));
+        found.extend(
+            messages
+                .iter()
+                .filter_map(|message| route(message, index, interface)),
+        );
     }
     Ok(found)
 }

@@ -101,7 +101,9 @@ impl Sandbox {
             .filter(|process| process.id.exec.is_none() && !process.pause)
             .map(|process| (process.pid, Some(process.id.container.clone())));
         // The pod's own PID is the VMM's, with and without a pause container.
-        std::iter::once((self.vmm_pid(), None)).chain(containers).collect()
+        std::iter::once((self.vmm_pid(), None))
+            .chain(containers)
+            .collect()
     }
 
     /// Freezes a container.

@@ -121,7 +121,10 @@ fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
 /// the shim; `None` if the container has one of its own.
 fn hostname_mount(mounts: &[Mount]) -> Option<Mount> {
     let destination = Path::new("/etc/hostname");
-    if mounts.iter().any(|mount| mount.destination() == destination) {
+    if mounts
+        .iter()
+        .any(|mount| mount.destination() == destination)
+    {
         return None;
     }
     let mut mount = Mount::default();

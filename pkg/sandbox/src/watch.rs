@@ -33,7 +33,10 @@ pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
     }
     // The last event that was handled: the agent keeps those after it.
     let seen = Arc::new(AtomicU64::new(0));
-    spawn(sandbox, watch_events(Arc::downgrade(sandbox), Arc::clone(&seen)));
+    spawn(
+        sandbox,
+        watch_events(Arc::downgrade(sandbox), Arc::clone(&seen)),
+    );
     spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox), seen));
 }
 
@@ -206,7 +209,11 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
         let by = Deadline::after(interval);
         let acknowledged_sequence = seen.load(Ordering::Acquire);
         let ping = async |mut client: agent::agent_client::AgentClient<_>| {
-            client.ping(agent::PingRequest { acknowledged_sequence }).await
+            client
+                .ping(agent::PingRequest {
+                    acknowledged_sequence,
+                })
+                .await
         };
         let alive = sandbox.ask("Ping", by, ping).await.is_ok();
         if alive {

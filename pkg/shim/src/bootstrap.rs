@@ -87,8 +87,9 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
     let address = format!("unix://{}", run_dir.socket().display());
     write_address(&caller.bundle, &address)?;
     Ok(match params {
-        Some(_) => serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"})
-            .to_string(),
+        Some(_) => {
+            serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"}).to_string()
+        }
         None => address,
     })
 }
@@ -130,7 +131,11 @@ fn serve_new(
 fn listen(socket: &Path) -> Result<Option<UnixListener>, ShimError> {
     match UnixListener::bind(socket) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-        bound => return bound.map(Some).map_err(ShimError::file("listen at", socket)),
+        bound => {
+            return bound
+                .map(Some)
+                .map_err(ShimError::file("listen at", socket));
+        }
     }
     if UnixStream::connect(socket).is_ok() {
         return Ok(None);
@@ -170,7 +175,11 @@ fn spawn(
         Ok(text) if text == SERVES => Ok(()),
         Ok(text) => {
             let status = child.wait();
-            let text = if text.is_empty() { "it said nothing".into() } else { text };
+            let text = if text.is_empty() {
+                "it said nothing".into()
+            } else {
+                text
+            };
             tracing::debug!(?status, "the serving process ended");
             Err(ShimError::NotServing(text))
         }
@@ -189,7 +198,14 @@ fn read_until(mut pipe: io::PipeReader, by: Instant) -> io::Result<String> {
     loop {
         let left = by.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        if poll(&mut [PollFd::new(std::os::fd::AsFd::as_fd(&pipe), PollFlags::POLLIN)], timeout)? == 0 {
+        if poll(
+            &mut [PollFd::new(
+                std::os::fd::AsFd::as_fd(&pipe),
+                PollFlags::POLLIN,
+            )],
+            timeout,
+        )? == 0
+        {
             return Err(io::ErrorKind::TimedOut.into());
         }
         match pipe.read(&mut buffer)? {
@@ -251,7 +267,10 @@ mod tests {
     fn the_address_is_written_for_containerds_return() {
         let folder = tempfile::tempdir().unwrap();
         write_address(folder.path(), "unix:///x").unwrap();
-        assert_eq!(fs::read_to_string(folder.path().join("address")).unwrap(), "unix:///x");
+        assert_eq!(
+            fs::read_to_string(folder.path().join("address")).unwrap(),
+            "unix:///x"
+        );
         assert!(!folder.path().join(".address").exists());
     }
 }

@@ -172,7 +172,11 @@ mod tests {
     #[test]
     fn the_hosts_namespaces_are_refused_by_name() {
         let id = SandboxId::new("s1").unwrap();
-        let all = [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")];
+        let all = [
+            ("network", "hostNetwork"),
+            ("pid", "hostPID"),
+            ("ipc", "hostIPC"),
+        ];
         for (missing, field) in all {
             let others: Vec<_> = all
                 .iter()

@@ -62,7 +62,9 @@ pub(crate) fn sandbox_spec(
         namespace: namespace.to_owned(),
         hostname: config.hostname.clone(),
         domainname: String::new(),
-        netns: Some(netns).filter(|path| !path.is_empty()).map(PathBuf::from),
+        netns: Some(netns)
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
         cgroups_path: Some(cgroup(parent.as_deref(), namespace, id)),
         sysctls: linux.sysctls.into_iter().collect(),
         memory_limit_bytes: Some(memory).filter(|bytes| *bytes > 0),
@@ -93,7 +95,11 @@ fn files(config: &PodSandboxConfig) -> Result<PodFiles, ShimError> {
     };
     let [hosts, resolv_conf] = HOST_FILES;
     let dns = config.dns_config.as_ref().map(resolv).unwrap_or_default();
-    let resolv_conf = if dns.is_empty() { host(resolv_conf)? } else { dns };
+    let resolv_conf = if dns.is_empty() {
+        host(resolv_conf)?
+    } else {
+        dns
+    };
     Ok(PodFiles {
         resolv_conf: Some(resolv_conf),
         hosts: Some(host(hosts)?),
@@ -152,9 +158,27 @@ mod tests {
     fn the_hosts_namespaces_are_refused_by_name() {
         let node = i32::from(NamespaceMode::Node);
         for (options, field) in [
-            (NamespaceOption { network: node, ..NamespaceOption::default() }, "hostNetwork"),
-            (NamespaceOption { pid: node, ..NamespaceOption::default() }, "hostPID"),
-            (NamespaceOption { ipc: node, ..NamespaceOption::default() }, "hostIPC"),
+            (
+                NamespaceOption {
+                    network: node,
+                    ..NamespaceOption::default()
+                },
+                "hostNetwork",
+            ),
+            (
+                NamespaceOption {
+                    pid: node,
+                    ..NamespaceOption::default()
+                },
+                "hostPID",
+            ),
+            (
+                NamespaceOption {
+                    ipc: node,
+                    ..NamespaceOption::default()
+                },
+                "hostIPC",
+            ),
         ] {
             let config = PodSandboxConfig {
                 linux: Some(LinuxPodSandboxConfig {
@@ -174,7 +198,10 @@ mod tests {
 
     #[test]
     fn cgroups_are_named_as_containerd_names_them() {
-        assert_eq!(cgroup(Some("/kubepods/pod1"), "k8s.io", &id()), "/kubepods/pod1/s1");
+        assert_eq!(
+            cgroup(Some("/kubepods/pod1"), "k8s.io", &id()),
+            "/kubepods/pod1/s1"
+        );
         assert_eq!(
             cgroup(Some("/kubepods.slice/kubepods-pod1.slice"), "k8s.io", &id()),
             "kubepods-pod1.slice:cri-containerd:s1"

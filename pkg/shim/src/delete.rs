@@ -75,7 +75,9 @@ async fn end(shim: &TaskClient, by: Deadline) {
         ttrpc::context::with_timeout(nanoseconds)
     };
     let connected = shim.connect(context(), &ConnectRequest::default()).await;
-    let pid = connected.ok().and_then(|answer| i32::try_from(answer.shim_pid).ok());
+    let pid = connected
+        .ok()
+        .and_then(|answer| i32::try_from(answer.shim_pid).ok());
     let pidfd = pid
         .and_then(Pid::from_raw)
         .and_then(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK).ok());
@@ -106,8 +108,10 @@ fn response() -> Result<Vec<u8>, ShimError> {
         exited_at: timestamp(SystemTime::now()),
         ..DeleteResponse::default()
     };
-    response.write_to_bytes().map_err(|error| ShimError::System {
-        step: "encode the answer",
-        source: std::io::Error::other(error),
-    })
+    response
+        .write_to_bytes()
+        .map_err(|error| ShimError::System {
+            step: "encode the answer",
+            source: std::io::Error::other(error),
+        })
 }

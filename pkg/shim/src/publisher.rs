@@ -76,7 +76,7 @@ impl Publisher {
         };
         let sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         let queue = sending.as_ref().map(|sending| &sending.queue);
-        if !queue.is_some_and(|queue| queue.send(envelope).is_ok()) {
+        if queue.is_none_or(|queue| queue.send(envelope).is_err()) {
             tracing::error!(topic, "event lost: the shim ends");
         }
     }
@@ -114,7 +114,10 @@ async fn send_all(address: Option<String>, mut events: mpsc::UnboundedReceiver<E
 async fn send(address: &str, client: &mut Option<EventsClient>, envelope: Envelope) {
     let topic = envelope.topic.clone();
     let mut refusals = 0;
-    let mut pauses = PAUSE.iter().copied().chain(std::iter::repeat(PAUSE[PAUSE.len() - 1]));
+    let mut pauses = PAUSE
+        .iter()
+        .copied()
+        .chain(std::iter::repeat(PAUSE[PAUSE.len() - 1]));
     loop {
         match forward(address, client, &envelope).await {
             Ok(()) => {
@@ -206,7 +209,9 @@ mod tests {
             .register_service(create_events(service));
         server.start().await.unwrap();
         publish(&publisher, "c");
-        publisher.finish(Deadline::after(Duration::from_secs(10))).await;
+        publisher
+            .finish(Deadline::after(Duration::from_secs(10)))
+            .await;
         assert_eq!(*containerd.0.lock().unwrap(), ["a", "b", "c"]);
         server.shutdown().await.unwrap();
     }
@@ -216,7 +221,9 @@ mod tests {
         let publisher = Publisher::start("k8s.io", "unix:///nonexistent/events");
         publish(&publisher, "a");
         let begun = std::time::Instant::now();
-        publisher.finish(Deadline::after(Duration::from_millis(200))).await;
+        publisher
+            .finish(Deadline::after(Duration::from_millis(200)))
+            .await;
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
 }

@@ -182,7 +182,9 @@ fn forward(shim: &Arc<Shim>) -> EventSink {
         SandboxEvent::Exited { process, pid, exit } => {
             let container = process.container.to_string();
             let event = TaskExit {
-                id: process.exec.map_or_else(|| container.clone(), |exec| exec.to_string()),
+                id: process
+                    .exec
+                    .map_or_else(|| container.clone(), |exec| exec.to_string()),
                 container_id: container,
                 pid,
                 exit_status: exit.code.into(),

@@ -130,10 +130,12 @@ pub(crate) fn sum(all: &[ContainerStats]) -> ContainerStats {
 
 /// Packs metrics as containerd unpacks them.
 pub(crate) fn pack(metrics: &Metrics) -> Result<Any, ShimError> {
-    let value = metrics.write_to_bytes().map_err(|error| ShimError::System {
-        step: "encode metrics",
-        source: std::io::Error::other(error),
-    })?;
+    let value = metrics
+        .write_to_bytes()
+        .map_err(|error| ShimError::System {
+            step: "encode metrics",
+            source: std::io::Error::other(error),
+        })?;
     Ok(any(TYPE, value))
 }
 

@@ -80,10 +80,16 @@ mod tests {
         let process = ProcessRef::init(ContainerId::new("c").unwrap());
         let sandbox = SandboxId::new("s").unwrap();
         for (error, expected) in [
-            (SandboxError::refused("hostPID", "no"), Code::INVALID_ARGUMENT),
+            (
+                SandboxError::refused("hostPID", "no"),
+                Code::INVALID_ARGUMENT,
+            ),
             (SandboxError::NoProcess(process.clone()), Code::NOT_FOUND),
             (SandboxError::Finished(process.clone()), Code::NOT_FOUND),
-            (SandboxError::ProcessExists(process.clone()), Code::ALREADY_EXISTS),
+            (
+                SandboxError::ProcessExists(process.clone()),
+                Code::ALREADY_EXISTS,
+            ),
             (SandboxError::Stopping(sandbox.clone()), Code::UNAVAILABLE),
             (SandboxError::Suspect(sandbox), Code::UNAVAILABLE),
             (
@@ -104,6 +110,9 @@ mod tests {
         let source = std::io::Error::from_raw_os_error(2);
         let error = ShimError::file("read", "/bundle/config.json")(source);
         let text = chain(&error);
-        assert!(text.contains("/bundle/config.json") && text.contains("No such file"), "{text}");
+        assert!(
+            text.contains("/bundle/config.json") && text.contains("No such file"),
+            "{text}"
+        );
     }
 }

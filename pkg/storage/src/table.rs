@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mounts below a folder, from /proc/self/mountinfo.
+//! The mounts below a folder, from the kernel's mountinfo.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::StorageError;
 
-const TABLE: &str = "/proc/self/mountinfo";
+/// Of the calling thread: tests give theirs a mount namespace of its own.
+const TABLE: &str = "/proc/thread-self/mountinfo";
 
 /// Mount points at and below `folder`, the last mounted first.
 pub(crate) fn below(folder: &Path) -> Result<Vec<PathBuf>, StorageError> {

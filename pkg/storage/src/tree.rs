@@ -84,7 +84,10 @@ impl SharedTree {
     /// # Errors
     /// [`StorageError::Path`] if it cannot be made.
     pub fn create(root: &Path) -> Result<Self, StorageError> {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(root);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(root);
         made.map_err(StorageError::path("make folder", root))?;
         let below = File::open(root).map_err(StorageError::path("open", root))?;
         mounts::make_shared(root)?;
@@ -281,7 +284,9 @@ pub fn sweep(root: &Path, _by: Deadline) -> Result<RemoveReport, StorageError> {
 
 fn entries(folder: &Path) -> Vec<PathBuf> {
     let read = fs::read_dir(folder).into_iter().flatten();
-    read.filter_map(Result::ok).map(|entry| entry.path()).collect()
+    read.filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .collect()
 }
 
 #[cfg(test)]
@@ -343,10 +348,15 @@ mod tests {
             assert_eq!(path.as_path(), Path::new("c1/rootfs"));
             let bound = tree.bind(&id, &volume(&precious, false)).unwrap();
             assert!(root.join(bound.as_path()).join("data").exists());
-            let file = tree.bind(&id, &volume(&precious.join("data"), true)).unwrap();
+            let file = tree
+                .bind(&id, &volume(&precious.join("data"), true))
+                .unwrap();
             assert!(fs::write(root.join(file.as_path()), "x").is_err());
             let hosts = tree.write_file(&id, "hosts", b"127.0.0.1 x").unwrap();
-            assert_eq!(fs::read(root.join(hosts.as_path())).unwrap(), b"127.0.0.1 x");
+            assert_eq!(
+                fs::read(root.join(hosts.as_path())).unwrap(),
+                b"127.0.0.1 x"
+            );
             // What the guest sees of the tree itself is read-only.
             assert!(fs::write(root.join("c1/evil"), "x").is_err());
             assert!(fs::rename(root.join("c1"), root.join("c2")).is_err());
@@ -370,7 +380,10 @@ mod tests {
             let absent = folder.join("absent");
             let error = tree.bind(&id, &volume(&absent, false)).unwrap_err();
             assert!(error.to_string().contains("absent"), "{error}");
-            assert!(matches!(tree.mount_rootfs(&id, &[]), Err(StorageError::NoRootfs)));
+            assert!(matches!(
+                tree.mount_rootfs(&id, &[]),
+                Err(StorageError::NoRootfs)
+            ));
             assert!(tree.teardown(soon()).unwrap().is_clean());
             assert!(!root.exists());
         });

@@ -11,6 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+/// Libraries whose debug lines drown ours; a filter that names them has the last
+/// word.
+const QUIET: &str = "h2=info,hyper=info,hyper_util=info,tower=info,netlink_proto=info";
 /// Bytes of a log file before it is replaced; one older file is kept.
 const FILE_CAP: u64 = 1 << 20;
 
@@ -50,10 +53,11 @@ pub enum LogError {
 /// [`LogError`] if the filter or the file cannot be used. An absent FIFO is no
 /// error: containerd 1.x and tests may have none.
 pub fn init(filter: &str, fifo: Option<&Path>, file: Option<&Path>) -> Result<(), LogError> {
-    let env = EnvFilter::try_new(filter).map_err(|source| LogError::Filter {
-        filter: filter.to_owned(),
-        source,
-    })?;
+    let env =
+        EnvFilter::try_new(format!("{QUIET},{filter}")).map_err(|source| LogError::Filter {
+            filter: filter.to_owned(),
+            source,
+        })?;
     let file = file.map(CappedFile::open).transpose()?;
     let fifo = fifo.and_then(open_fifo);
     let sinks = Sinks(Arc::new(Inner {

@@ -185,12 +185,7 @@ impl Child {
 
     /// Waits until `grace` has passed, then asks it to end, then kills it.
     /// Returns whether it had to be killed, or `None` if even that did not help.
-    pub(crate) async fn end(
-        &self,
-        grace: Deadline,
-        asked: Deadline,
-        by: Deadline,
-    ) -> Option<bool> {
+    pub(crate) async fn end(&self, grace: Deadline, asked: Deadline, by: Deadline) -> Option<bool> {
         if grace.run(self.ended()).await.is_ok() {
             return Some(false);
         }

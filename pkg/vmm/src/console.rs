@@ -73,7 +73,9 @@ mod tests {
 
     #[test]
     fn lines_are_cleaned_and_cut() {
-        let text = (0..20).map(|n| format!("line {n}\r\n\x1b[0m\n")).collect::<String>();
+        let text = (0..20)
+            .map(|n| format!("line {n}\r\n\x1b[0m\n"))
+            .collect::<String>();
         let tail = last_lines(&text);
         assert!(tail.ends_with("line 19 | [0m"), "{tail}");
         assert!(!tail.contains("line 9 "), "{tail}");

@@ -11,7 +11,9 @@ use podhull_transport::TransportError;
 #[non_exhaustive]
 pub enum VmmError {
     /// KVM does not work and emulation is not allowed.
-    #[error("KVM cannot be used: {0}; emulation is not an isolation boundary and is off (allow_emulation)")]
+    #[error(
+        "KVM cannot be used: {0}; emulation is not an isolation boundary and is off (allow_emulation)"
+    )]
     NoKvm(String),
     /// A file of the product is missing or is not what it should be.
     #[error("{what} {}: {reason}", path.display())]
@@ -24,7 +26,9 @@ pub enum VmmError {
         reason: String,
     },
     /// The node has not enough memory.
-    #[error("no memory for the VM: it needs {needed_mib} MiB and the node has {available_mib} MiB available")]
+    #[error(
+        "no memory for the VM: it needs {needed_mib} MiB and the node has {available_mib} MiB available"
+    )]
     NoMemory {
         /// What the VM needs.
         needed_mib: u64,

@@ -45,7 +45,11 @@ pub(crate) fn check_kernel(path: &Path) -> Result<(), VmmError> {
     if head.starts_with(ELF) || bzimage {
         return Ok(());
     }
-    Err(unusable("kernel", path, "neither an ELF file nor a bzImage"))
+    Err(unusable(
+        "kernel",
+        path,
+        "neither an ELF file nor a bzImage",
+    ))
 }
 
 pub(crate) fn check_initramfs(path: &Path) -> Result<(), VmmError> {
@@ -53,7 +57,11 @@ pub(crate) fn check_initramfs(path: &Path) -> Result<(), VmmError> {
     if INITRAMFS.iter().any(|magic| head.starts_with(magic)) {
         return Ok(());
     }
-    Err(unusable("initramfs", path, "neither a cpio archive nor a compressed one"))
+    Err(unusable(
+        "initramfs",
+        path,
+        "neither a cpio archive nor a compressed one",
+    ))
 }
 
 pub(crate) fn check_program(what: &'static str, path: &Path) -> Result<(), VmmError> {
@@ -103,7 +111,10 @@ mod tests {
         check_kernel(&path).unwrap();
         std::fs::write(&path, b"#!/bin/sh").unwrap();
         let error = check_kernel(&path).unwrap_err().to_string();
-        assert!(error.starts_with("kernel ") && error.contains("ELF"), "{error}");
+        assert!(
+            error.starts_with("kernel ") && error.contains("ELF"),
+            "{error}"
+        );
         let error = check_kernel(&folder.path().join("absent")).unwrap_err();
         assert!(error.to_string().contains("No such file"), "{error}");
     }
@@ -122,6 +133,9 @@ mod tests {
     fn available_memory_is_read() {
         let text = "MemTotal: 1 kB\nMemAvailable:   2097152 kB\n";
         assert_eq!(available_mib(text), Some(2048));
-        assert!(matches!(check_memory(u32::MAX), Err(VmmError::NoMemory { .. })));
+        assert!(matches!(
+            check_memory(u32::MAX),
+            Err(VmmError::NoMemory { .. })
+        ));
     }
 }

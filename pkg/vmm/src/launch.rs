@@ -141,7 +141,11 @@ async fn start(
             bind(&config.kernel, qemu::KERNEL),
             bind(&config.initramfs, qemu::INITRAMFS),
         ],
-        devices: if emulated { vec![] } else { vec!["/dev/kvm".into()] },
+        devices: if emulated {
+            vec![]
+        } else {
+            vec!["/dev/kvm".into()]
+        },
         user,
         fds: u32::try_from(fds.len()).unwrap_or_default(),
         program: config.programs.qemu.clone(),
@@ -320,7 +324,9 @@ impl Vm for RunningVm {
             match child.end(grace, asked, by).await {
                 Some(false) => {}
                 Some(true) => report.killed.push(child.name()),
-                None => report.problems.push(format!("{} does not end", child.name())),
+                None => report
+                    .problems
+                    .push(format!("{} does not end", child.name())),
             }
             // The helpers end with the connection to QEMU.
             grace = by.at_most(GUEST_ENDS);
@@ -348,7 +354,11 @@ pub async fn sweep(
     }
     let files = FILES.map(|name| (run_dir.join(name), false));
     let folders = ROOTS.map(|name| (run_dir.join(name), true));
-    for (path, is_folder) in files.into_iter().chain(folders).chain([(run_dir.into(), true)]) {
+    for (path, is_folder) in files
+        .into_iter()
+        .chain(folders)
+        .chain([(run_dir.into(), true)])
+    {
         let removed = if is_folder {
             fs::remove_dir(&path)
         } else {

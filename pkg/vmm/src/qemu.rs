@@ -34,7 +34,11 @@ impl Machine<'_> {
         let emulated = self.acceleration == Acceleration::Emulation;
         // Without kvm-clock the kernel needs a timer to calibrate by, and polls
         // an absent RTC for a second.
-        let (accel, legacy) = if emulated { ("tcg", "on") } else { ("kvm", "off") };
+        let (accel, legacy) = if emulated {
+            ("tcg", "on")
+        } else {
+            ("kvm", "off")
+        };
         let machine = format!(
             "microvm,accel={accel},pit={legacy},pic={legacy},rtc={legacy},isa-serial=off,acpi=off,memory-backend=mem"
         );
@@ -52,7 +56,10 @@ impl Machine<'_> {
         args.pair("-m", format!("{}M", self.memory_mib));
         args.pair(
             "-object",
-            format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib),
+            format!(
+                "memory-backend-memfd,id=mem,size={}M,share=on",
+                self.memory_mib
+            ),
         );
         args.pair("-kernel", KERNEL);
         args.pair("-initrd", INITRAMFS);
@@ -68,7 +75,10 @@ impl Machine<'_> {
         match self.vsock {
             GuestDevice::Kernel { cid } => args.pair(
                 "-device",
-                format!("vhost-vsock-device,guest-cid={cid},vhostfd={}", self.vsock_fd),
+                format!(
+                    "vhost-vsock-device,guest-cid={cid},vhostfd={}",
+                    self.vsock_fd
+                ),
             ),
             GuestDevice::Daemon => {
                 args.pair("-chardev", format!("socket,id=vsock,fd={}", self.vsock_fd));
@@ -155,7 +165,12 @@ mod tests {
     #[test]
     fn words_for_emulation_come_with_emulation_only() {
         let kvm = machine(Acceleration::Kvm, &GuestDevice::Daemon).kernel_command_line();
-        for word in ["tsc_early_khz", "mitigations", "nolapic_timer", "no_timer_check"] {
+        for word in [
+            "tsc_early_khz",
+            "mitigations",
+            "nolapic_timer",
+            "no_timer_check",
+        ] {
             assert!(!kvm.contains(word), "{kvm}");
         }
         let tcg = machine(Acceleration::Emulation, &GuestDevice::Daemon).kernel_command_line();
@@ -169,7 +184,10 @@ mod tests {
     fn qemu_is_sandboxed_and_names_cannot_add_options() {
         let args = machine(Acceleration::Kvm, &GuestDevice::Kernel { cid: 77 }).args();
         let line = args.join(" ");
-        assert!(line.contains("-sandbox on,") && line.contains("spawn=deny"), "{line}");
+        assert!(
+            line.contains("-sandbox on,") && line.contains("spawn=deny"),
+            "{line}"
+        );
         assert!(line.contains("-name podhull-a_b"), "{line}");
         assert!(line.contains("guest-cid=77,vhostfd=5"), "{line}");
         assert!(line.contains("mac=02:00:00:00:00:ff"), "{line}");

@@ -2,11 +2,12 @@
 //! `oci create`: makes a container whose init process waits for Start.
 
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use serde::{Deserialize, Serialize};
 
 use super::executor::ReportingExecutor;
@@ -35,16 +36,13 @@ pub struct Task {
 /// out of it.
 fn make_cwd(rootfs: &Path, cwd: &Path) -> Result<(), GuestError> {
     let failed = || GuestError::file("make working directory", cwd);
-    let open = |at: &dyn std::os::fd::AsFd, name: &OsStr| {
-        openat2(
-            at.as_fd(),
-            name,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        )
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root =
+        openat(CWD, rootfs, folder, Mode::empty()).map_err(|errno| failed()(errno.into()))?;
+    let open = |at: &OwnedFd, name: &OsStr| {
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        openat2(at, name, folder, Mode::empty(), inside)
     };
-    let root = open(&CWD, rootfs.as_os_str()).map_err(|errno| failed()(errno.into()))?;
     let mut so_far = PathBuf::new();
     for component in cwd.components() {
         let Component::Normal(name) = component else {

@@ -23,7 +23,14 @@ use crate::sys;
 pub(crate) const ROLE: &str = "jail";
 
 /// Read-only parts of the host that programs are loaded from.
-const SYSTEM: [&str; 6] = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache"];
+const SYSTEM: [&str; 6] = [
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/etc/ld.so.cache",
+];
 
 /// A path of the host that is visible in the jail.
 #[derive(Debug, Serialize, Deserialize)]
@@ -141,7 +148,13 @@ fn make_device(root: &Path, device: &Path, user: Option<u32>) -> io::Result<()> 
     let number = std::os::unix::fs::MetadataExt::rdev(&meta);
     let number = makedev(nix::sys::stat::major(number), nix::sys::stat::minor(number));
     let target = inside(root, device);
-    mknod(&target, SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), number).map_err(at(step()))?;
+    mknod(
+        &target,
+        SFlag::S_IFCHR,
+        Mode::from_bits_truncate(0o600),
+        number,
+    )
+    .map_err(at(step()))?;
     std::os::unix::fs::chown(&target, user, user).map_err(at(step()))
 }
 
@@ -165,7 +178,12 @@ fn give_up_rights(user: Option<u32>) -> io::Result<()> {
         setresgid(gid, gid, gid).map_err(at("change the group"))?;
         setresuid(uid, uid, uid).map_err(at("change the user"))?;
     }
-    for set in [CapSet::Ambient, CapSet::Inheritable, CapSet::Effective, CapSet::Permitted] {
+    for set in [
+        CapSet::Ambient,
+        CapSet::Inheritable,
+        CapSet::Effective,
+        CapSet::Permitted,
+    ] {
         caps::clear(None, set).map_err(io::Error::other)?;
     }
     nix::sys::prctl::set_no_new_privs().map_err(at("set no_new_privs"))
