@@ -16,9 +16,12 @@ use tokio::process::{Child, Command};
 pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6, podhull as podhull_config};
 
 use crate::cri::Client;
+use crate::evidence;
 use crate::image;
 use crate::programs::Programs;
 
+/// containerd's log, in the node's folder.
+pub(crate) const LOG: &str = "containerd.log";
 const SOCKET: &str = "/run/containerd/containerd.sock";
 const CONFIG: &str = "/etc/containerd/config.toml";
 const READY_WITHIN: Duration = Duration::from_secs(60);
@@ -84,7 +87,7 @@ impl Containerd {
         let mut containerd = Self {
             release,
             programs: programs.clone(),
-            log: folder.join("containerd.log"),
+            log: folder.join(LOG),
             child: None,
             client: Client::new(Path::new(SOCKET))?,
         };
@@ -203,6 +206,19 @@ impl Containerd {
         String::from_utf8(output.stdout).context("ctr's output")
     }
 
+    /// Has containerd remove now what nothing refers to any more. By itself it
+    /// does so some time after the last deletion: snapshots stay until then.
+    ///
+    /// # Errors
+    /// If ctr fails.
+    pub async fn collect_garbage(&self) -> Result<()> {
+        // Only the deletion of a lease or an image can wait for the collection.
+        const LEASE: &str = "podhull-collect-garbage";
+        self.ctr(&["leases", "create", "--id", LEASE]).await?;
+        self.ctr(&["leases", "delete", "--sync", LEASE]).await?;
+        Ok(())
+    }
+
     /// The command for `ctr` in the namespace of Kubernetes.
     #[must_use]
     pub fn ctr_command(&self, args: &[&str]) -> Command {
@@ -247,9 +263,7 @@ impl Containerd {
     }
 
     fn log_tail(&self) -> String {
-        let log = self.log();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(15)..].join("\n")
+        evidence::last(&self.log(), 15)
     }
 }
 

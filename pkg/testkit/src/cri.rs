@@ -112,7 +112,6 @@ impl Client {
     }
 
     /// A pod to be.
-    #[must_use]
     pub fn pod(&self, name: &str) -> PodBuilder {
         PodBuilder::new(self.clone(), name)
     }

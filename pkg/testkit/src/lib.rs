@@ -10,14 +10,16 @@
 //! is changed; when the program ends, however it ends, all of it is gone.
 //!
 //! Reading order: `namespaces`, `node`, `programs`, `image`, `containerd`,
-//! `cri`, `oracle`.
+//! `cri`, `oracle`, `pod_processes`, `evidence`.
 
 pub mod containerd;
 pub mod cri;
+pub mod evidence;
 pub mod image;
 pub mod namespaces;
 pub mod node;
 pub mod oracle;
+pub mod pod_processes;
 pub mod programs;
 
 pub use containerd::{Containerd, Release};

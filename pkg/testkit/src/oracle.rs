@@ -81,6 +81,14 @@ impl Snapshot {
         *self.facts.entry(kind).or_default().entry(fact).or_default() += 1;
     }
 
+    /// How many things of a kind there are.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> usize {
+        self.facts
+            .get(&kind)
+            .map_or(0, |facts| facts.values().sum())
+    }
+
     /// What `self` has and `before` had not, and the other way round.
     #[must_use]
     pub fn since(&self, before: &Self) -> Difference {
@@ -152,6 +160,29 @@ impl fmt::Display for Difference {
     }
 }
 
+/// Waits until two snapshots in a row are the same, and gives the last: to
+/// compare with, after pods have come and gone.
+///
+/// # Errors
+/// If the node does not come to rest within `within`; the error lists what
+/// differed last.
+pub async fn settled(containerd: &Containerd, within: Duration) -> Result<Snapshot> {
+    let by = Instant::now() + within;
+    containerd.collect_garbage().await?;
+    let mut before = Snapshot::take(containerd).await?;
+    loop {
+        let now = Snapshot::take(containerd).await?;
+        let difference = now.since(&before);
+        if difference.is_empty() {
+            return Ok(now);
+        }
+        if Instant::now() >= by {
+            bail!("the node does not come to rest within {within:?}:\n{difference}");
+        }
+        before = now;
+    }
+}
+
 /// Waits until the node is as it was at `before`.
 ///
 /// # Errors
@@ -162,6 +193,7 @@ pub async fn assert_clean(
     within: Duration,
 ) -> Result<()> {
     let by = Instant::now() + within;
+    containerd.collect_garbage().await?;
     loop {
         let difference = Snapshot::take(containerd).await?.since(before);
         if difference.is_empty() {

@@ -1,3 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Figures beside runc
-fn main() {}
+//! Figures of podhull beside those of runc: `make bench-quick`.
+//!
+//! ```text
+//! podhull-bench quick [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]
+//! ```
+//!
+//! docs/performance.md says what is measured and how. The table goes to
+//! standard output, progress to standard error.
+
+mod floor;
+mod machine;
+mod options;
+mod quick;
+mod report;
+mod statistics;
+
+use std::env;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use options::Options;
+use podhull_testkit::{Node, evidence, namespaces};
+
+/// Lines of each log that are shown when something fails.
+const LOG_LINES: usize = 25;
+
+fn main() -> ExitCode {
+    if let Some(code) = namespaces::helper_stage() {
+        return code;
+    }
+    let options = match Options::parse(env::args().skip(1)) {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("podhull-bench: {error:#}\n{}", options::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    let result = if namespaces::inside() {
+        run(&options).map(|()| ExitCode::SUCCESS)
+    } else {
+        options.check().and_then(|()| namespaces::enter(&[]))
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("podhull-bench: {error:#}");
+        if let Ok(folder) = namespaces::folder() {
+            eprintln!("{}", evidence::logs(&folder, LOG_LINES));
+        }
+        ExitCode::FAILURE
+    })
+}
+
+fn run(options: &Options) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
+    let measured = runtime.block_on(quick::run(&Node::here()?, options))?;
+    let report = report::markdown(&measured, options);
+    io::stdout()
+        .lock()
+        .write_all(report.as_bytes())
+        .context("write the report")
+}

@@ -63,9 +63,10 @@ impl ContainerBuilder {
         self.command(["sh", "-c", script])
     }
 
-    /// A command that stays until it is told to end, and ends with 0 then.
+    /// A command that stays until it is told to end, and ends with 0 then. It
+    /// writes `up` once it listens to signals.
     pub fn idle(self) -> Self {
-        self.shell("trap 'exit 0' TERM; while :; do sleep 1000000 & wait $!; done")
+        self.shell("trap 'exit 0' TERM; echo up; while :; do sleep 1000000 & wait $!; done")
     }
 
     /// Adds a variable.

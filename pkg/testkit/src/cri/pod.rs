@@ -165,7 +165,6 @@ impl Pod {
     }
 
     /// A container to be.
-    #[must_use]
     pub fn container(&self, name: &str) -> ContainerBuilder {
         ContainerBuilder::new(self.clone(), name)
     }

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line.
+
+use anyhow::{Context, Result, bail, ensure};
+use podhull_testkit::Release;
+use podhull_testkit::programs::Programs;
+
+pub(crate) const USAGE: &str =
+    "usage: podhull-bench quick [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
+
+/// What is to be measured.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Options {
+    /// How often; a first run of each handler comes on top and is not counted.
+    pub(crate) runs: usize,
+    /// The handler that is measured beside runc.
+    pub(crate) handler: String,
+    /// The containerd.
+    pub(crate) release: Release,
+}
+
+impl Options {
+    pub(crate) fn parse(mut args: impl Iterator<Item = String>) -> Result<Self> {
+        let command = args.next();
+        ensure!(command.as_deref() == Some("quick"), "expected: quick");
+        let mut options = Self {
+            runs: 10,
+            handler: "podhull".into(),
+            release: Release::V2_4,
+        };
+        while let Some(name) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{name} needs a value"));
+            match name.as_str() {
+                "-n" => options.runs = value()?.parse().context("-n: not a number")?,
+                "--handler" => options.handler = value()?,
+                "--containerd" => {
+                    options.release = Release::named(&value()?).context("no such containerd")?;
+                }
+                _ => bail!("unknown argument {name}"),
+            }
+        }
+        ensure!(options.runs > 0, "-n 0 measures nothing");
+        Ok(options)
+    }
+
+    /// What is missing is better said before anything has started.
+    pub(crate) fn check(&self) -> Result<()> {
+        let programs = Programs::find();
+        if self.handler.starts_with("podhull") {
+            programs.check()?;
+        }
+        let containerd = programs.containerd_2.join("containerd");
+        ensure!(
+            self.release != Release::V2_4 || containerd.is_file(),
+            "{} is missing: make tools",
+            containerd.display()
+        );
+        Ok(())
+    }
+
+    /// As it would be typed.
+    pub(crate) fn command(&self) -> String {
+        format!(
+            "podhull-bench quick -n {} --handler {} --containerd {}",
+            self.runs,
+            self.handler,
+            self.release.name()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Options> {
+        Options::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn the_command_line_is_understood() {
+        let options = parse("quick -n 3 --handler runc --containerd 1.6").unwrap();
+        assert_eq!(options.runs, 3);
+        assert_eq!(options.release, Release::Debian16);
+        assert_eq!(parse("quick").unwrap().runs, 10);
+        let typed = options.command();
+        assert_eq!(
+            parse(typed.strip_prefix("podhull-bench ").unwrap()).unwrap(),
+            options
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for line in [
+            "",
+            "slow",
+            "quick -n",
+            "quick -n x",
+            "quick -n 0",
+            "quick --fast",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

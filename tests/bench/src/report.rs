@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The report, as Markdown.
+
+use std::fmt::Write;
+
+use crate::options::Options;
+use crate::quick::{Measured, PARTS, STEPS};
+use crate::statistics::{Series, high_name};
+
+/// Everything that was measured.
+pub(crate) fn markdown(measured: &Measured, options: &Options) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = times(&mut text, measured, options)
+        .and_then(|()| memory(&mut text, measured, options))
+        .and_then(|()| circumstances(&mut text, measured, options));
+    text
+}
+
+type Written = std::fmt::Result;
+
+fn times(text: &mut String, measured: &Measured, options: &Options) -> Written {
+    let (other, high) = (&options.handler, high_name(options.runs));
+    let (runc, podhull) = (&measured.runc, &measured.other);
+    writeln!(
+        text,
+        "| time (ms), n = {} | runc median | runc {high} | {other} median | {other} {high} |\n|---|--:|--:|--:|--:|",
+        options.runs
+    )?;
+    let mut row = |name: &str, left: &Series, right: &Series| {
+        writeln!(
+            text,
+            "| {name} | {} | {} | {} | {} |",
+            ms(left.median()),
+            ms(left.high()),
+            ms(right.median()),
+            ms(right.high())
+        )
+    };
+    for (index, name) in STEPS.into_iter().enumerate() {
+        row(name, &runc.steps[index], &podhull.steps[index])?;
+        if index == 2 {
+            row(
+                "**sum of these three**",
+                &runc.until_runs,
+                &podhull.until_runs,
+            )?;
+        }
+    }
+    if let Some(floor) = &measured.floor {
+        let none = Series::default();
+        row(
+            "floor: bare boot, exec of QEMU to the agent's first line",
+            &none,
+            &floor.first_line,
+        )?;
+        row(
+            "floor: bare boot, exec of QEMU to its end",
+            &none,
+            &floor.end,
+        )?;
+    }
+    writeln!(text)
+}
+
+fn memory(text: &mut String, measured: &Measured, options: &Options) -> Written {
+    let (other, high) = (&options.handler, high_name(options.runs));
+    let (runc, podhull) = (&measured.runc, &measured.other);
+    writeln!(
+        text,
+        "| memory of a pod on the node (PSS, MiB) | runc median | runc {high} | {other} median | {other} {high} |\n|---|--:|--:|--:|--:|"
+    )?;
+    let mut row = |name: &str, left: &Series, right: &Series| {
+        writeln!(
+            text,
+            "| {name} | {} | {} | {} | {} |",
+            mib(left.median()),
+            mib(left.high()),
+            mib(right.median()),
+            mib(right.high())
+        )
+    };
+    for (index, (_, name)) in PARTS.into_iter().enumerate() {
+        row(name, &runc.memory[index], &podhull.memory[index])?;
+    }
+    row("**sum**", &runc.memory_sum, &podhull.memory_sum)?;
+    if podhull.guest.median().is_some() {
+        row(
+            "of that in use in the guest (MemTotal − MemAvailable)",
+            &runc.guest,
+            &podhull.guest,
+        )?;
+    }
+    writeln!(text)
+}
+
+fn circumstances(text: &mut String, measured: &Measured, options: &Options) -> Written {
+    let machine = &measured.machine;
+    writeln!(text, "- Date: {}", machine.date)?;
+    writeln!(
+        text,
+        "- Host: {}, {} cores, {}, Linux {}",
+        machine.cpu, machine.cores, machine.memory, machine.kernel
+    )?;
+    writeln!(
+        text,
+        "- Load average (1, 5, 15 min): {} at the start, {} at the end",
+        machine.load, measured.load_at_end
+    )?;
+    writeln!(
+        text,
+        "- containerd {}, {}",
+        machine.containerd, machine.runc
+    )?;
+    if let Some(vmm) = &machine.vmm {
+        writeln!(text, "- {vmm}")?;
+    }
+    writeln!(text, "- Command: `{}`", options.command())?;
+    if let Some(floor) = &measured.floor {
+        writeln!(text, "- Command of the floor: `{}`", floor.command)?;
+    }
+    Ok(())
+}
+
+/// A dash for what does not exist.
+fn ms(value: Option<f64>) -> String {
+    match value {
+        None => "–".into(),
+        Some(value) if value < 10.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.0}"),
+    }
+}
+
+fn mib(value: Option<f64>) -> String {
+    value.map_or_else(|| "–".into(), |value| format!("{value:.1}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_times_keep_a_digit_and_absent_ones_are_a_dash() {
+        assert_eq!(ms(Some(9.94)), "9.9");
+        assert_eq!(ms(Some(123.4)), "123");
+        assert_eq!(ms(None), "–");
+        assert_eq!(mib(Some(1.25)), "1.2");
+    }
+}
