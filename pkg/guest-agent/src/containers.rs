@@ -165,7 +165,7 @@ impl Containers {
                 field: "spec",
                 reason: error.to_string(),
             })?;
-        let (streams, console) = streams(process, &bundle.join("console.sock"))?;
+        let (streams, console) = streams(process)?;
         let cwd = spec.process().as_ref().map(|process| process.cwd().clone());
         let task = create::Task {
             id: id.to_string(),
@@ -177,7 +177,12 @@ impl Containers {
         };
         let by = deadline();
         let mut helper = Helper::start(&self.reaper, "create", &task, streams)?;
-        let pid = helper.pid(by).await?;
+        let pid = helper.pid(by).await.map_err(|error| match error {
+            GuestError::Start(words) => GuestError::Start(format!(
+                "OCI runtime create failed: unable to start container process: {words}"
+            )),
+            other => other,
+        })?;
         if let Some(console) = console {
             let (ends, terminal) = Ends::terminal(console.receive(by).await?)?;
             process.set_terminal(ends, terminal);
@@ -309,13 +314,7 @@ impl Containers {
             let linux = container.and_then(|container| container.spec.linux().as_ref());
             linux.and_then(|linux| linux.seccomp().clone())
         };
-        let exec = id
-            .exec
-            .as_ref()
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        let socket = bundle(&id.container).join(format!("{exec}.sock"));
-        let (streams, console) = streams(process, &socket)?;
+        let (streams, console) = streams(process)?;
         let task = exec::Task {
             init: init.as_raw(),
             cgroup: Cgroup::of(&id.container).path().to_owned(),
@@ -327,7 +326,7 @@ impl Containers {
         let mut helper = Helper::start(&self.reaper, "exec", &task, streams)?;
         let failed = |error| match error {
             GuestError::Start(words) => GuestError::Start(format!(
-                "exec failed: unable to start container process: {words}"
+                "OCI runtime exec failed: exec failed: unable to start container process: {words}"
             )),
             other => other,
         };
@@ -526,12 +525,9 @@ impl Containers {
 }
 
 /// Makes the process's streams; a terminal's come over the console socket.
-fn streams(
-    process: &Process,
-    socket: &Path,
-) -> Result<(Streams, Option<ConsoleSocket>), GuestError> {
+fn streams(process: &Process) -> Result<(Streams, Option<ConsoleSocket>), GuestError> {
     if process.stdio.terminal {
-        return Ok((Streams::default(), Some(ConsoleSocket::bind(socket)?)));
+        return Ok((Streams::default(), Some(ConsoleSocket::bind()?)));
     }
     let (ends, streams) = Ends::pipes(&process.stdio)?;
     process.set_ends(ends);

@@ -5,12 +5,12 @@
 //! own, its cgroup tree is the agent's, and every path comes from the shared
 //! tree. What cannot be had there is refused by its field's name.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use podhull_api::agent;
 use podhull_storage::{GuestPath, Propagation, SharedTree, Volume};
-use podhull_types::ContainerId;
+use podhull_types::{ContainerId, SandboxId};
 
 use crate::error::SandboxError;
 use crate::spec::{ContainerSpec, PodFiles, SandboxSpec};
@@ -63,12 +63,11 @@ pub(crate) fn translate(
     strip_host(&mut oci);
     let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
     let mut mounts = oci.mounts().clone().unwrap_or_default();
-    if sandbox.files.hostname.is_some() {
-        mounts.extend(hostname_mount(&mounts));
-    }
+    let missing = missing_files(&sandbox.files, &mounts);
+    mounts.extend(missing);
     let mut translated = Vec::with_capacity(mounts.len());
     for mount in mounts {
-        translated.push(translate_mount(mount, container, tree, &sandbox.files)?);
+        translated.push(translate_mount(mount, container, tree, sandbox)?);
     }
     oci.set_mounts(Some(translated));
     Ok(GuestSpec {
@@ -117,23 +116,50 @@ fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// The mount of /etc/hostname that containerd leaves out if the file is made by
-/// the shim; `None` if the container has one of its own.
-fn hostname_mount(mounts: &[Mount]) -> Option<Mount> {
-    let destination = Path::new("/etc/hostname");
-    if mounts
-        .iter()
-        .any(|mount| mount.destination() == destination)
-    {
-        return None;
+/// Mounts of the pod's files that containerd leaves out where the shim makes
+/// them; a container's own mounts come first.
+fn missing_files(files: &PodFiles, mounts: &[Mount]) -> Vec<Mount> {
+    ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"]
+        .map(Path::new)
+        .into_iter()
+        .filter(|destination| made_by_shim(files, destination).is_some())
+        .filter(|destination| {
+            !mounts
+                .iter()
+                .any(|mount| mount.destination() == destination)
+        })
+        .map(|destination| {
+            let mut mount = Mount::default();
+            mount
+                .set_destination(destination.into())
+                .set_typ(Some("bind".into()))
+                // There is none on the host: the file is written into the tree.
+                .set_source(Some(Path::new("/nonexistent").join("podhull")))
+                .set_options(Some(vec!["rbind".into(), "rprivate".into(), "rw".into()]));
+            mount
+        })
+        .collect()
+}
+
+/// Whether a mount is the pod's shared memory: containerd's own folder for it,
+/// or, where containerd makes none, the default of an image. A volume at the
+/// same place is the container's.
+fn is_pod_shm(mount: &Mount, sandbox: &SandboxId) -> bool {
+    if mount.destination() != Path::new("/dev/shm") {
+        return false;
     }
-    let mut mount = Mount::default();
+    let of_containerd = |source: &PathBuf| {
+        source.ends_with(Path::new("sandboxes").join(sandbox.as_str()).join("shm"))
+    };
+    mount.typ().as_deref() == Some("tmpfs") || mount.source().as_ref().is_some_and(of_containerd)
+}
+
+fn pod_shm(mut mount: Mount) -> Mount {
     mount
-        .set_destination(destination.into())
         .set_typ(Some("bind".into()))
-        .set_source(Some("/nonexistent".into()))
-        .set_options(Some(vec!["rbind".into(), "rprivate".into(), "rw".into()]));
-    Some(mount)
+        .set_source(Some(SHM.into()))
+        .set_options(Some(vec!["rbind".into(), "rw".into()]));
+    mount
 }
 
 fn pid_namespace(
@@ -194,6 +220,9 @@ fn strip_host(oci: &mut Spec) {
         linux.set_cgroups_path(None);
         linux.set_intel_rdt(None);
         linux.set_mount_label(None);
+        // Said of the host's mounts; what the guest shows of them follows by
+        // itself.
+        linux.set_rootfs_propagation(None);
     }
     if let Some(process) = oci.process_mut() {
         process.set_apparmor_profile(None);
@@ -205,8 +234,11 @@ fn translate_mount(
     mut mount: Mount,
     container: &ContainerSpec,
     tree: &SharedTree,
-    files: &PodFiles,
+    sandbox: &SandboxSpec,
 ) -> Result<Mount, SandboxError> {
+    if is_pod_shm(&mount, &sandbox.id) {
+        return Ok(pod_shm(mount));
+    }
     let options = mount.options().clone().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
     if !(mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind")) {
@@ -214,10 +246,6 @@ fn translate_mount(
     }
     let destination = mount.destination().clone();
     let field = || format!("mounts[{}]", destination.display());
-    if destination == Path::new("/dev/shm") {
-        mount.set_source(Some(SHM.into()));
-        return Ok(mount);
-    }
     if has("shared") || has("rshared") {
         let reason = "Bidirectional propagation: a mount made in a VM cannot reach the host";
         return Err(SandboxError::refused(field(), reason));
@@ -232,7 +260,7 @@ fn translate_mount(
         let reason = format!("{} is below the host's {folder}", source.display());
         return Err(SandboxError::refused(field(), reason));
     }
-    let path = match made_by_shim(files, &destination).filter(|_| !source.exists()) {
+    let path = match made_by_shim(&sandbox.files, &destination).filter(|_| !source.exists()) {
         Some((name, content)) => tree.write_file(&container.id, name, content.as_bytes())?,
         None => {
             let volume = Volume {
@@ -358,5 +386,42 @@ mod tests {
         assert_eq!(found, Some(("hosts", "127.0.0.1 x")));
         assert_eq!(made_by_shim(&files, Path::new("/etc/hostname")), None);
         assert_eq!(made_by_shim(&files, Path::new("/data")), None);
+    }
+
+    #[test]
+    fn the_pods_shared_memory_is_told_from_a_volume() {
+        let sandbox = SandboxId::new("s1").unwrap();
+        let mount = |typ: &str, source: &str| -> Mount {
+            serde_json::from_value(serde_json::json!({
+                "destination": "/dev/shm", "type": typ, "source": source, "options": ["rbind"],
+            }))
+            .unwrap()
+        };
+        for pods in [
+            mount("tmpfs", "shm"),
+            mount(
+                "bind",
+                "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s1/shm",
+            ),
+        ] {
+            assert!(is_pod_shm(&pods, &sandbox));
+            assert_eq!(pod_shm(pods).source().as_deref(), Some(Path::new(SHM)));
+        }
+        let volume = mount("bind", "/var/lib/kubelet/pods/x/volumes/empty-dir/shm");
+        assert!(!is_pod_shm(&volume, &sandbox));
+    }
+
+    #[test]
+    fn files_that_containerd_leaves_out_are_added_unless_the_container_has_its_own() {
+        let files = PodFiles {
+            hosts: Some("x".into()),
+            hostname: Some("web".into()),
+            ..PodFiles::default()
+        };
+        let mut own = Mount::default();
+        own.set_destination("/etc/hosts".into());
+        let added = missing_files(&files, &[own]);
+        let destinations: Vec<_> = added.iter().map(Mount::destination).collect();
+        assert_eq!(destinations, [Path::new("/etc/hostname")]);
     }
 }

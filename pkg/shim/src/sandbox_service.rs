@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest,
     PlatformResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest,
@@ -16,18 +17,20 @@ use containerd_shim_protos::sandbox_api::{
     WaitSandboxResponse,
 };
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxApi;
-use podhull_sandbox::{ContainerStats, SandboxError};
+use podhull_sandbox::{ContainerStats, Sandbox, SandboxError};
 use podhull_types::Deadline;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::ShimError;
 use crate::shim::{Shim, detached};
 use crate::status::reply;
-use crate::wire::timestamp;
+use crate::wire::{any, timestamp};
 use crate::{cri, stats};
 
 /// Time for a stop that names none.
 const STOP: Duration = Duration::from_secs(20);
+/// How containerd calls the type of an OCI spec.
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 /// The states that containerd's CRI plugin knows.
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
@@ -68,6 +71,7 @@ impl SandboxService {
         Ok(StartSandboxResponse {
             pid: sandbox.vmm_pid(),
             created_at: timestamp(created_at),
+            spec: MessageField::some(spec_of(&sandbox)),
             ..StartSandboxResponse::default()
         })
     }
@@ -124,6 +128,16 @@ impl SandboxService {
         metrics.data = MessageField::some(stats::pack(&stats::metrics(&stats::sum(&all)))?);
         Ok(response)
     }
+}
+
+/// The sandbox as an OCI spec, which containerd shows as its runtime spec.
+fn spec_of(sandbox: &Sandbox) -> Any {
+    let spec = serde_json::json!({
+        "ociVersion": oci_spec::runtime::VERSION,
+        "hostname": sandbox.spec().hostname,
+        "linux": {"cgroupsPath": sandbox.spec().cgroups_path},
+    });
+    any(SPEC, spec.to_string().into_bytes())
 }
 
 #[async_trait]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What both services share: the one sandbox of this process, and its end.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -37,6 +38,8 @@ pub(crate) struct Shim {
     pub(crate) ending: CancellationToken,
     runtime: Arc<Runtime>,
     slot: Mutex<Slot>,
+    /// containerd made the sandbox by the Sandbox service.
+    sandbox_api: AtomicBool,
     created_at: Mutex<Option<SystemTime>>,
 }
 
@@ -56,6 +59,7 @@ impl Shim {
             ending: CancellationToken::new(),
             runtime,
             slot: Mutex::new(Slot::Empty),
+            sandbox_api: AtomicBool::new(false),
             created_at: Mutex::new(None),
         })
     }
@@ -80,6 +84,11 @@ impl Shim {
         !matches!(&*self.slot(), Slot::Empty)
     }
 
+    /// Whether the sandbox has no pause container and is ended by its service.
+    pub(crate) fn serves_sandbox_api(&self) -> bool {
+        self.sandbox_api.load(Ordering::Acquire)
+    }
+
     /// When the sandbox was booted.
     pub(crate) fn created_at(&self) -> Option<SystemTime> {
         *self
@@ -94,6 +103,7 @@ impl Shim {
         match *slot {
             Slot::Empty => {
                 *slot = Slot::Described(Box::new(spec));
+                self.sandbox_api.store(true, Ordering::Release);
                 Ok(())
             }
             _ => Err(self.exists()),

@@ -419,11 +419,12 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // Sent after every task's delete: the others still need the process.
-        let in_use = self
-            .0
-            .sandbox()
-            .is_ok_and(|sandbox| !sandbox.containers().is_empty());
+        // Sent after every task's delete: the others still need the process, and
+        // a sandbox without a pause container lives until ShutdownSandbox.
+        let in_use = match self.0.sandbox() {
+            Ok(sandbox) => self.0.serves_sandbox_api() || !sandbox.containers().is_empty(),
+            Err(_) => false,
+        };
         if request.now || !in_use {
             self.0.end();
         }

@@ -32,6 +32,8 @@ use crate::vsock::{self, DaemonConfig, Vsock};
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a guest that was asked to end may take to end its VM.
 const GUEST_ENDS: Duration = Duration::from_millis(500);
+/// How long a helper may take to end with its connection to the VMM.
+const HELPER_ENDS: Duration = Duration::from_millis(500);
 /// How long a child may take to end when it is asked to.
 const ASKED: Duration = Duration::from_secs(1);
 /// Least time for reaping what was killed.
@@ -320,6 +322,10 @@ impl Vm for RunningVm {
         // QEMU first: a guest that loses its devices would only panic.
         let mut grace = by.at_most(GUEST_ENDS);
         for child in self.children.0.iter().rev() {
+            // The daemon would wait for another VMM.
+            if child.name() == vsock::NAME {
+                grace = Deadline::after(Duration::ZERO);
+            }
             let asked = Deadline::after(ASKED).max(grace).at_most(by.remaining());
             match child.end(grace, asked, by).await {
                 Some(false) => {}
@@ -328,8 +334,7 @@ impl Vm for RunningVm {
                     .problems
                     .push(format!("{} does not end", child.name())),
             }
-            // The helpers end with the connection to QEMU.
-            grace = by.at_most(GUEST_ENDS);
+            grace = by.at_most(HELPER_ENDS);
         }
         if let Err(error) = sweep(&self.folder, Some(&self.cgroup), by).await {
             report.problems.push(error.to_string());

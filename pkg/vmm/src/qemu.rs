@@ -98,7 +98,7 @@ impl Machine<'_> {
 
     fn kernel_command_line(&self) -> String {
         let mut line = format!(
-            "console=hvc0 quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 podhull.ready_port={}",
+            "console=hvc0 quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 dummy.numdummies=0 podhull.ready_port={}",
             self.ready_port
         );
         // Emulation has no CPU flaws to mitigate, and calibrates slowly.

@@ -20,7 +20,7 @@ use crate::sys;
 const KERNEL_DEVICE: &str = "/dev/vhost-vsock";
 /// The VM's folder as the daemon sees it.
 const FOLDER: &str = "/vm";
-const NAME: &str = "vsock daemon";
+pub(crate) const NAME: &str = "vsock daemon";
 /// Pause between two tries to reach the daemon: nothing tells when it listens.
 const RETRY: Duration = Duration::from_millis(2);
 /// Tries to find a context id that nobody has.
@@ -152,9 +152,13 @@ async fn connect(daemon: &Child, socket: &Path, by: Deadline) -> Result<UnixStre
     loop {
         match UnixStream::connect(socket) {
             Ok(stream) => {
-                // Nobody else is to connect.
-                fs::remove_file(socket).map_err(VmmError::file("remove", socket))?;
-                return Ok(stream);
+                // Nobody else is to connect; the daemon removes it as well.
+                match fs::remove_file(socket) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(VmmError::file("remove", socket)(error));
+                    }
+                    _ => return Ok(stream),
+                }
             }
             Err(_) if daemon.has_ended() => {
                 return Err(VmmError::ChildDied {

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use podhull_types::Deadline;
 use rustix::net::{
@@ -15,6 +16,7 @@ use rustix::net::{
 use tokio::net::UnixListener;
 
 use crate::error::GuestError;
+use crate::init::RUN;
 
 /// Sends `master` over `socket`; the helper's side.
 pub(crate) fn send(socket: &UnixStream, master: &impl AsFd) -> Result<(), GuestError> {
@@ -57,12 +59,14 @@ pub(crate) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    pub(crate) fn bind(path: &Path) -> Result<Self, GuestError> {
-        let listener = UnixListener::bind(path).map_err(GuestError::file("listen at", path))?;
-        Ok(Self {
-            listener,
-            path: path.into(),
-        })
+    /// Listens under a name of its own, which is short: with two ids in it, a
+    /// socket's path would be too long for the kernel.
+    pub(crate) fn bind() -> Result<Self, GuestError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = Path::new(RUN).join(format!("console-{number}"));
+        let listener = UnixListener::bind(&path).map_err(GuestError::file("listen at", &path))?;
+        Ok(Self { listener, path })
     }
 
     pub(crate) fn path(&self) -> &Path {

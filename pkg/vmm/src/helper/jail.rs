@@ -11,7 +11,7 @@ use caps::CapSet;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 use nix::unistd::{Gid, Uid, execve, pivot_root, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +61,8 @@ pub(crate) struct Task {
 }
 
 pub(crate) fn run(task: &Task) -> io::Result<()> {
+    // The jail's user must be able to enter what is made here.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     sys::close_from(FIRST_FD.unsigned_abs() + task.fds).map_err(at("close descriptors"))?;
     join_cgroups(&task.cgroups)?;
     let namespaces = CloneFlags::CLONE_NEWNS
