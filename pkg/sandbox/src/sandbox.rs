@@ -299,7 +299,11 @@ impl Sandbox {
             .all_processes()
             .into_iter()
             .filter(|process| process.id.container == *container)
-            .filter(|process| process.state().status != Status::Stopped)
+            // containerd, when it comes back, forgets a task without processes,
+            // and with it the exit code of an init process that has ended.
+            .filter(|process| {
+                process.id.exec.is_none() || process.state().status != Status::Stopped
+            })
             .map(|process| (process.pid, process.id.exec.clone()))
             .collect();
         if init.pause || init.state().status == Status::Stopped {

@@ -18,10 +18,12 @@ use podhull_sandbox::{RunDir, Runtime};
 use podhull_telemetry::{Metrics, log};
 use podhull_types::{Deadline, SandboxId};
 use tokio::signal::unix::{SignalKind, signal};
-use ttrpc::r#async::{Server, transport::Listener};
+use tokio_util::task::TaskTracker;
+use ttrpc::r#async::Server;
 
 use crate::args::Args;
 use crate::bootstrap::{SERVES, TTRPC_ADDRESS};
+use crate::connections;
 use crate::error::{ShimError, chain};
 use crate::publisher::Publisher;
 use crate::sandbox_service::SandboxService;
@@ -32,6 +34,8 @@ use crate::task_service::TaskService;
 const IDLE: Duration = Duration::from_secs(120);
 /// Time for the last events to reach containerd.
 const LAST_EVENTS: Duration = Duration::from_secs(3);
+/// Time for containerd to hang up after its last answer.
+const HANG_UP: Duration = Duration::from_secs(2);
 /// The names of the Task service: the methods are the same.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -139,7 +143,8 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
     let publisher = Arc::new(Publisher::start(&namespace, &events_to));
     let stop_timeout = runtime.config.stop_timeout();
     let shim = Shim::new(namespace, id, runtime, Arc::clone(&publisher), started);
-    let mut server = server(&shim, listener)?;
+    let open = TaskTracker::new();
+    let mut server = server(&shim, listener, open.clone())?;
     let mut terminated =
         signal(SignalKind::terminate()).map_err(ShimError::system("watch for SIGTERM"))?;
     server.start().await.map_err(|error| ShimError::System {
@@ -162,7 +167,10 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
         tracing::info!(%report, "released");
     }
     publisher.finish(Deadline::after(LAST_EVENTS)).await;
-    // Answers that are on their way still leave; then the connections end.
+    server.stop_listen().await;
+    open.close();
+    let left = Deadline::after(HANG_UP).run(open.wait()).await;
+    tracing::debug!(all_left = left.is_ok(), "connections");
     if let Err(error) = server.shutdown().await {
         tracing::warn!(%error, "server not shut down");
     }
@@ -172,7 +180,11 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
     Ok(())
 }
 
-fn server(shim: &Arc<Shim>, listener: UnixListener) -> Result<Server, ShimError> {
+fn server(
+    shim: &Arc<Shim>,
+    listener: UnixListener,
+    open: TaskTracker,
+) -> Result<Server, ShimError> {
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(ShimError::system("watch the socket"))?;
     let task = TaskService(Arc::clone(shim));
@@ -181,7 +193,7 @@ fn server(shim: &Arc<Shim>, listener: UnixListener) -> Result<Server, ShimError>
         v2.insert(TASK_V2.to_owned(), methods);
     }
     Ok(Server::new()
-        .add_listener(Listener::from(listener))
+        .add_listener(connections::accept(listener, open))
         .register_service(create_task(Arc::new(task)))
         .register_service(v2)
         .register_service(create_sandbox(Arc::new(SandboxService(Arc::clone(shim))))))

@@ -62,45 +62,63 @@ pub(crate) fn mount_rootfs(entry: &RootfsMount, target: &Path) -> Result<(), Sto
     Ok(())
 }
 
-/// Binds a volume to `target`, which exists and is of the same kind.
-pub(crate) fn bind(volume: &Volume, target: &Path) -> Result<(), StorageError> {
+/// Binds a volume to `target`, which exists and is of the same kind. `below` is
+/// the same mount point, under the shared tree: there the mount is made ready.
+/// Made in the tree, the file server's copy would already follow the host's
+/// mounts, and go on following them.
+pub(crate) fn bind(volume: &Volume, below: &Path, target: &Path) -> Result<(), StorageError> {
     let mut flags = MsFlags::MS_BIND;
     if volume.recursive {
         flags |= MsFlags::MS_REC;
     }
-    mount(Some(&volume.source), target, NONE, flags, NONE).map_err(|errno| {
+    mount(Some(&volume.source), below, NONE, flags, NONE).map_err(|errno| {
         StorageError::Source {
             path: volume.source.clone(),
             source: errno.into(),
         }
     })?;
-    // A slave that is shared again passes on to the server what it gets.
-    let propagation = match volume.propagation {
-        Propagation::Private => MsFlags::MS_PRIVATE,
-        Propagation::HostToContainer => MsFlags::MS_SLAVE,
-    };
-    let mut steps = vec![propagation];
-    if volume.propagation == Propagation::HostToContainer {
-        steps.push(MsFlags::MS_SHARED);
+    let placed = place(volume, below, target);
+    if placed.is_err() {
+        let undone = umount2(below, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);
+        tracing::debug!(?undone, "a mount that could not be placed");
     }
-    for step in steps {
-        mount(NONE, target, NONE, step | MsFlags::MS_REC, NONE)
-            .map_err(StorageError::path("set the propagation of", target))?;
-    }
-    if volume.read_only {
-        make_read_only(target, volume.recursive_read_only)
-            .map_err(StorageError::path("make read-only", target))?;
-    }
-    Ok(())
+    placed
 }
 
-/// Makes a mount read-only, with what is mounted below it if asked for.
-fn make_read_only(target: &Path, recursive: bool) -> io::Result<()> {
-    let points = if recursive {
-        crate::table::below(target).map_err(io::Error::other)?
-    } else {
-        vec![target.to_path_buf()]
+/// Makes the mount at `below` what `volume` says, then moves it to `target`.
+fn place(volume: &Volume, below: &Path, target: &Path) -> Result<(), StorageError> {
+    set_propagation(volume.propagation, below)
+        .map_err(StorageError::path("set the propagation of", target))?;
+    if volume.read_only {
+        make_read_only(below, target, volume.recursive_read_only)
+            .map_err(StorageError::path("make read-only", target))?;
+    }
+    mount(Some(below), target, NONE, MsFlags::MS_MOVE, NONE)
+        .map_err(StorageError::path("place the mount", target))
+}
+
+/// A slave that is shared again passes on to the server what it gets.
+fn set_propagation(propagation: Propagation, at: &Path) -> nix::Result<()> {
+    let steps: &[MsFlags] = match propagation {
+        Propagation::Private => &[MsFlags::MS_PRIVATE],
+        Propagation::HostToContainer => &[MsFlags::MS_SLAVE, MsFlags::MS_SHARED],
     };
+    steps
+        .iter()
+        .try_for_each(|step| mount(NONE, at, NONE, *step | MsFlags::MS_REC, NONE))
+}
+
+/// Makes the mount at `below` read-only, with what is mounted below it if asked
+/// for. The kernel's table knows it by the name of `target`.
+fn make_read_only(below: &Path, target: &Path, recursive: bool) -> io::Result<()> {
+    let mut points = vec![below.to_path_buf()];
+    if recursive {
+        let listed = crate::table::below(target).map_err(io::Error::other)?;
+        let inner = listed
+            .iter()
+            .filter_map(|point| point.strip_prefix(target).ok());
+        points.extend(inner.map(|point| below.join(point)));
+    }
     for point in points {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(NONE, &point, NONE, flags, NONE)?;

@@ -163,7 +163,7 @@ impl SharedTree {
         let point = folder.join(format!("v{}", made.points.len()));
         mounts::make_point(&volume.source, &self.writable(&point))?;
         made.points.push(point.clone());
-        mounts::bind(volume, &point)?;
+        mounts::bind(volume, &self.writable(&point), &point)?;
         Ok(self.relative(&point))
     }
 
