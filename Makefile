@@ -72,7 +72,7 @@ kernel: packages
 .PHONY: initramfs
 initramfs: packages
 	@deploy/guest/build-agent.sh
-	@deploy/guest/build-initramfs.sh $(AGENT) $(GUEST)/initramfs.cpio
+	@deploy/guest/build-initramfs.sh $(AGENT) $(GUEST)/initramfs.cpio $(GUEST)/vmlinux.modules
 
 .PHONY: clean
 clean: ## removes target/ (the cache stays; its place: make cache)

@@ -25,6 +25,7 @@ PACKAGES=(
   "zlib1g-dev:libz.a for the agent's device filter"
   "libssl-dev:kernel build"
   "cpio:kernel build"
+  "kmod:finds the modules of Debian's kernel, if that is chosen"
   "xz-utils:unpacks the kernel's source"
   "gcc:C compiler"
   "make:kernel build"

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
+use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use podhull_types::VsockPort;
 
@@ -21,6 +22,8 @@ pub const SHARE: &str = "/run/podhull/share";
 /// The pod's shared memory.
 pub const SHM: &str = "/run/podhull/shm";
 const NEW_ROOT: &str = "/newroot";
+/// Kernel modules in the initramfs.
+const MODULES: &str = "/modules";
 /// The word on the kernel's command line that names the host's port for READY.
 const READY_PORT: &str = "podhull.ready_port=";
 
@@ -62,8 +65,28 @@ fn leave_initramfs() -> Result<(), GuestError> {
     std::env::set_current_dir("/").map_err(GuestError::file("enter", "/"))
 }
 
+/// Loads the modules that the initramfs brings, in the order of their names: a
+/// distribution's kernel has its drivers there, ours has none.
+fn load_modules() -> Result<(), GuestError> {
+    let entries = match fs::read_dir(MODULES) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(GuestError::file("read folder", MODULES))?,
+    };
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let file = fs::File::open(&path).map_err(GuestError::file("open module", &path))?;
+        match finit_module(file, c"", ModuleInitFlags::empty()) {
+            Ok(()) | Err(nix::Error::EEXIST) => {}
+            Err(errno) => return Err(GuestError::file("load module", &path)(errno.into())),
+        }
+    }
+    Ok(())
+}
+
 /// Mounts what the kernel offers and makes the agent hard to disturb.
 pub(crate) fn set_up() -> Result<(), GuestError> {
+    load_modules()?;
     leave_initramfs()?;
     let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     for path in ["/proc", "/sys", "/dev", "/run", "/tmp"] {

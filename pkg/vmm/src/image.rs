@@ -38,12 +38,23 @@ fn head(what: &'static str, path: &Path) -> Result<Vec<u8>, VmmError> {
     Ok(head)
 }
 
-pub(crate) fn check_kernel(path: &Path) -> Result<(), VmmError> {
+/// What a kernel's file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Our own: uncompressed, entered directly (PVH).
+    Elf,
+    /// A distribution's, with its drivers as modules.
+    BzImage,
+}
+
+pub(crate) fn check_kernel(path: &Path) -> Result<Kernel, VmmError> {
     let head = head("kernel", path)?;
+    if head.starts_with(ELF) {
+        return Ok(Kernel::Elf);
+    }
     let (at, magic) = BZIMAGE;
-    let bzimage = head.get(at..at + magic.len()) == Some(magic);
-    if head.starts_with(ELF) || bzimage {
-        return Ok(());
+    if head.get(at..at + magic.len()) == Some(magic) {
+        return Ok(Kernel::BzImage);
     }
     Err(unusable(
         "kernel",
@@ -104,11 +115,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("k");
         std::fs::write(&path, b"\x7fELF\x02").unwrap();
-        check_kernel(&path).unwrap();
+        assert_eq!(check_kernel(&path).unwrap(), Kernel::Elf);
         let mut bzimage = vec![0; 0x206];
         bzimage[0x202..].copy_from_slice(b"HdrS");
         std::fs::write(&path, &bzimage).unwrap();
-        check_kernel(&path).unwrap();
+        assert_eq!(check_kernel(&path).unwrap(), Kernel::BzImage);
         std::fs::write(&path, b"#!/bin/sh").unwrap();
         let error = check_kernel(&path).unwrap_err().to_string();
         assert!(

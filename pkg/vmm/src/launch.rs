@@ -23,7 +23,7 @@ use crate::console::Console;
 use crate::error::VmmError;
 use crate::helper::jail::{self, Bind};
 use crate::helper::virtiofs;
-use crate::image;
+use crate::image::{self, Kernel};
 use crate::qemu::{self, Machine};
 use crate::vm::{StopReport, Vm, VmDeath};
 use crate::vsock::{self, DaemonConfig, Vsock};
@@ -32,6 +32,8 @@ use crate::vsock::{self, DaemonConfig, Vsock};
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a guest that was asked to end may take to end its VM.
 const GUEST_ENDS: Duration = Duration::from_millis(500);
+/// How much later than its helpers a VMM may be seen to end.
+const CAUSE: Duration = Duration::from_millis(300);
 /// How long a helper may take to end with its connection to the VMM.
 const HELPER_ENDS: Duration = Duration::from_millis(500);
 /// How long a child may take to end when it is asked to.
@@ -60,12 +62,12 @@ pub struct Launched {
 /// What is missing or wrong, by the name of its setting.
 pub async fn launch(config: VmConfig, by: Deadline) -> Result<Launched, VmmError> {
     let acceleration = probe_acceleration(config.acceleration, &config.programs.qemu).await?;
-    image::check_kernel(&config.kernel)?;
+    let kernel = image::check_kernel(&config.kernel)?;
     image::check_initramfs(&config.initramfs)?;
     image::check_memory(config.memory_mib)?;
     let run_dir = config.run_dir.clone();
     let cgroup = config.cgroup.clone();
-    let started = start(config, acceleration, by).await;
+    let started = start(config, kernel, acceleration, by).await;
     if started.is_err() {
         let swept = sweep(&run_dir, Some(&cgroup), Deadline::after(KILLED)).await;
         if let Err(error) = swept {
@@ -77,6 +79,7 @@ pub async fn launch(config: VmConfig, by: Deadline) -> Result<Launched, VmmError
 
 async fn start(
     config: VmConfig,
+    kernel: Kernel,
     acceleration: Acceleration,
     by: Deadline,
 ) -> Result<Launched, VmmError> {
@@ -129,6 +132,7 @@ async fn start(
         vsock: &device,
         vsock_fd: FIRST_FD + 1,
         network,
+        generic: kernel == Kernel::BzImage,
     };
     let bind = |source: &Path, target: &str| Bind {
         source: source.into(),
@@ -253,15 +257,22 @@ fn supervise(vm: &Arc<RunningVm>) {
     for child in vm.children.0.clone() {
         let vm = Arc::downgrade(vm);
         tokio::spawn(async move {
-            let status = child.ended().await;
+            child.ended().await;
             let Some(vm) = vm.upgrade() else { return };
             if vm.stopping.load(Ordering::Acquire) {
                 return;
             }
+            // A helper that ends with its connection is noticed before the VMM
+            // that closed it.
+            let by = Deadline::after(CAUSE);
+            let cause = match by.run(vm.vmm.ended()).await {
+                Ok(_) => &vm.vmm,
+                Err(_) => &child,
+            };
             let death = VmDeath {
-                child: child.name(),
-                status,
-                said: child.said(),
+                child: cause.name(),
+                status: cause.ended().await,
+                said: cause.said(),
                 console: vm.console.tail(),
             };
             vm.died.send_if_modified(|died| {

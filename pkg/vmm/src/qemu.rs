@@ -26,21 +26,21 @@ pub(crate) struct Machine<'a> {
     pub(crate) vsock: &'a GuestDevice,
     pub(crate) vsock_fd: i32,
     pub(crate) network: Option<(i32, [u8; 6])>,
+    /// A distribution's kernel: it finds devices by ACPI, not by its command line,
+    /// and has a console before its modules only on a serial port.
+    pub(crate) generic: bool,
 }
 
 impl Machine<'_> {
     /// QEMU's arguments.
     pub(crate) fn args(&self) -> Vec<String> {
         let emulated = self.acceleration == Acceleration::Emulation;
-        // Without kvm-clock the kernel needs a timer to calibrate by, and polls
-        // an absent RTC for a second.
-        let (accel, legacy) = if emulated {
-            ("tcg", "on")
-        } else {
-            ("kvm", "off")
-        };
+        let accel = if emulated { "tcg" } else { "kvm" };
+        // Timer, interrupt controller and clock of old cost nothing, and a kernel
+        // without kvm-clock calibrates by them and polls an absent clock for 1 s.
         let machine = format!(
-            "microvm,accel={accel},pit={legacy},pic={legacy},rtc={legacy},isa-serial=off,acpi=off,memory-backend=mem"
+            "microvm,accel={accel},pit=on,pic=on,rtc=on,isa-serial={generic},acpi={generic},memory-backend=mem",
+            generic = if self.generic { "on" } else { "off" }
         );
         let mut args = Args::default();
         args.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
@@ -65,8 +65,12 @@ impl Machine<'_> {
         args.pair("-initrd", INITRAMFS);
         args.pair("-append", self.kernel_command_line());
         args.pair("-chardev", "stdio,id=console,signal=off");
-        args.pair("-device", "virtio-serial-device");
-        args.pair("-device", "virtconsole,chardev=console");
+        if self.generic {
+            args.pair("-serial", "chardev:console");
+        } else {
+            args.pair("-device", "virtio-serial-device");
+            args.pair("-device", "virtconsole,chardev=console");
+        }
         args.pair("-chardev", format!("socket,id=fs,fd={}", self.fs_fd));
         args.pair(
             "-device",
@@ -98,7 +102,8 @@ impl Machine<'_> {
 
     fn kernel_command_line(&self) -> String {
         let mut line = format!(
-            "console=hvc0 quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 dummy.numdummies=0 podhull.ready_port={}",
+            "console={} quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 dummy.numdummies=0 podhull.ready_port={}",
+            if self.generic { "ttyS0" } else { "hvc0" },
             self.ready_port
         );
         // Emulation has no CPU flaws to mitigate, and calibrates slowly.
@@ -159,6 +164,7 @@ mod tests {
             vsock,
             vsock_fd: 5,
             network: Some((6, [2, 0, 0, 0, 0, 0xff])),
+            generic: false,
         }
     }
 
@@ -191,7 +197,7 @@ mod tests {
         assert!(line.contains("-name podhull-a_b"), "{line}");
         assert!(line.contains("guest-cid=77,vhostfd=5"), "{line}");
         assert!(line.contains("mac=02:00:00:00:00:ff"), "{line}");
-        assert!(line.contains("accel=kvm,pit=off"), "{line}");
+        assert!(line.contains("accel=kvm,pit=on"), "{line}");
     }
 
     #[test]
