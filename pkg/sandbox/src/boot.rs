@@ -14,6 +14,7 @@ use podhull_vmm::{
     AccelPolicy, Acceleration, CgroupPlacement, Launched, Programs, SHARE_TAG, VmConfig, VmNetwork,
     VmUser,
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::error::SandboxError;
 use crate::rundir::{Record, RunDir};
@@ -31,13 +32,14 @@ const MEMORY_FLOOR_MIB: u32 = 96;
 pub(crate) async fn boot(
     runtime: &Arc<Runtime>,
     spec: &SandboxSpec,
+    give_up: &CancellationToken,
 ) -> Result<Booted, SandboxError> {
     let config = &runtime.config;
     let run_dir = RunDir::of(&config.run_dir, &spec.namespace, &spec.id);
     let mut parts = Parts::new(run_dir, runtime.metrics.clone());
     let mut times = BootTimes::default();
     times.note(BootPhase::StartCalled, Duration::ZERO);
-    match bring_up(runtime, spec, &mut parts, &mut times).await {
+    match bring_up(runtime, spec, &mut parts, &mut times, give_up).await {
         Ok((connected, token, emulated)) => {
             let vm = parts.vm.clone().ok_or_else(|| gone(spec))?;
             Ok(Booted {
@@ -81,6 +83,7 @@ async fn bring_up(
     spec: &SandboxSpec,
     parts: &mut Parts,
     times: &mut BootTimes,
+    give_up: &CancellationToken,
 ) -> Result<(Connected, Token, bool), SandboxError> {
     let config = &runtime.config;
     let policy = AccelPolicy {
@@ -155,7 +158,10 @@ async fn bring_up(
     times.note(BootPhase::VmmSpawned, spawned);
 
     let token = random_token()?;
-    let connected = ready_or_dead(parts, spec, &token, by).await?;
+    let connected = tokio::select! {
+        connected = ready_or_dead(parts, spec, &token, by) => connected?,
+        () = give_up.cancelled() => return Err(SandboxError::Stopping(spec.id.clone())),
+    };
     let ready = spec.started.elapsed();
     let agent_started = ready.saturating_sub(connected.times.agent_to_ready);
     times.note(BootPhase::AgentReady, ready);

@@ -186,6 +186,11 @@ impl Sandbox {
             }
             return Ok(());
         }
+        // An added process does not exist before its start. containerd 1.6 waits
+        // for the end of what it killed unless it is told so, as by runc.
+        if id.exec.is_some() {
+            process.expect(&[Status::Running, Status::Paused], "running")?;
+        }
         let request = agent::SignalRequest {
             container_id: id.container.to_string(),
             exec_id: exec_id(id),

@@ -74,7 +74,8 @@ pub(crate) struct Booted {
 }
 
 impl Sandbox {
-    /// Boots a sandbox; what happens in it is told to `events`.
+    /// Boots a sandbox; what happens in it is told to `events`. Once `give_up`
+    /// is cancelled, the guest is not waited for any longer.
     ///
     /// # Errors
     /// What failed; everything made until then has been released.
@@ -82,8 +83,9 @@ impl Sandbox {
         runtime: Arc<Runtime>,
         spec: SandboxSpec,
         events: EventSink,
+        give_up: &CancellationToken,
     ) -> Result<Arc<Self>, SandboxError> {
-        let booted = crate::boot::boot(&runtime, &spec).await?;
+        let booted = crate::boot::boot(&runtime, &spec, give_up).await?;
         let sandbox = Arc::new(Self {
             spec,
             runtime,

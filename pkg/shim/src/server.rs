@@ -162,10 +162,7 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
         _ = terminated.recv() => tracing::info!("terminated"),
         () = unused(&shim) => tracing::warn!("nobody asked for a pod"),
     }
-    if let Ok(sandbox) = shim.sandbox() {
-        let report = sandbox.stop(Deadline::after(stop_timeout)).await;
-        tracing::info!(%report, "released");
-    }
+    shim.release(Deadline::after(stop_timeout)).await;
     publisher.finish(Deadline::after(LAST_EVENTS)).await;
     server.stop_listen().await;
     open.close();

@@ -8,8 +8,9 @@ use std::time::{Instant, SystemTime};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::topics;
 use podhull_sandbox::{EventSink, Runtime, Sandbox, SandboxError, SandboxEvent, SandboxSpec};
-use podhull_types::{ContainerId, ProcessRef, SandboxId};
+use podhull_types::{ContainerId, Deadline, ProcessRef, SandboxId};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::error::ShimError;
 use crate::publisher::Publisher;
@@ -36,6 +37,8 @@ pub(crate) struct Shim {
     pub(crate) started: Instant,
     /// Cancelled when the process is to end.
     pub(crate) ending: CancellationToken,
+    /// Boots that are under way.
+    booting: TaskTracker,
     runtime: Arc<Runtime>,
     slot: Mutex<Slot>,
     /// containerd made the sandbox by the Sandbox service.
@@ -57,6 +60,7 @@ impl Shim {
             publisher,
             started,
             ending: CancellationToken::new(),
+            booting: TaskTracker::new(),
             runtime,
             slot: Mutex::new(Slot::Empty),
             sandbox_api: AtomicBool::new(false),
@@ -144,9 +148,10 @@ impl Shim {
             *slot = Slot::Booting;
         }
         let shim = Arc::clone(self);
-        detached(async move {
+        detached(self.booting.track_future(async move {
             let events = forward(&shim);
-            let booted = Sandbox::boot(Arc::clone(&shim.runtime), spec, events).await;
+            let runtime = Arc::clone(&shim.runtime);
+            let booted = Sandbox::boot(runtime, spec, events, &shim.ending).await;
             let mut slot = shim.slot();
             match booted {
                 Ok(sandbox) => {
@@ -162,8 +167,22 @@ impl Shim {
                     Err(error.into())
                 }
             }
-        })
+        }))
         .await
+    }
+
+    /// Releases everything, also what a boot that is under way has made; for
+    /// the end of the process.
+    pub(crate) async fn release(&self, by: Deadline) {
+        self.ending.cancel();
+        self.booting.close();
+        if by.run(self.booting.wait()).await.is_err() {
+            tracing::error!("a boot does not end");
+        }
+        if let Ok(sandbox) = self.sandbox() {
+            let report = sandbox.stop(by).await;
+            tracing::info!(%report, "released");
+        }
     }
 
     /// Lets the process end: everything is released on the way.
