@@ -189,9 +189,25 @@ impl Cgroup {
     }
 }
 
-/// cgroup v1 CPU shares as a v2 weight, by runc's formula.
+/// cgroup v1 CPU shares as a v2 weight: the curve through minimum, default and
+/// maximum that runc (since 1.3.2), crun and libcontainer share.
 fn weight(shares: u64) -> u64 {
-    (1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142).clamp(1, 10_000)
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            // 2^18 at most: exact in a float.
+            let log = f64::from(u32::try_from(shares).unwrap_or(u32::MAX)).log2();
+            let weight = 10_f64.powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0);
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "the curve lies between 1 and 10000"
+            )]
+            let weight = weight.ceil() as u64;
+            weight
+        }
+    }
 }
 
 /// A flat keyed file: `key value` lines.
@@ -235,8 +251,8 @@ mod tests {
     #[test]
     fn shares_become_weights_as_with_runc() {
         assert_eq!(
-            (weight(2), weight(1024), weight(262_144), weight(0)),
-            (1, 39, 10_000, 1)
+            [0, 2, 512, 1024, 262_144].map(weight),
+            [1, 1, 59, 100, 10_000]
         );
     }
 

@@ -552,14 +552,20 @@ fn complete(
     if let Some(path) = pid_path {
         pid = pid.path(path);
     }
-    let pid = pid.build().map_err(|error| invalid(error.to_string()))?;
+    // A host with cgroups v1 asks for no cgroup namespace, but ours are v2: a
+    // container sees its own limits at /sys/fs/cgroup, and nobody else's.
+    let cgroup = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Cgroup);
+    let own = [pid.build(), cgroup.build()];
     let linux = spec
         .linux_mut()
         .as_mut()
         .ok_or_else(|| invalid("no linux section".into()))?;
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
-    namespaces.push(pid);
+    for namespace in own {
+        let namespace = namespace.map_err(|error| invalid(error.to_string()))?;
+        namespaces.retain(|other| other.typ() != namespace.typ());
+        namespaces.push(namespace);
+    }
     linux.set_namespaces(Some(namespaces));
     linux.set_cgroups_path(Some(Cgroup::oci_path(id).into()));
     Ok(())

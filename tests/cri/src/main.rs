@@ -1,1 +1,121 @@
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0
+//! The CRI suite: what a kubelet may ask of a runtime, asked of podhull on
+//! stock containerds, and after each case a look at what was left.
+//!
+//! ```text
+//! podhull-cri-tests [--containerd 1.6|2.4|all] [--handler NAME|all] [--list] [FILTER...]
+//! ```
+//!
+//! The last line is `N passed, N failed, N skipped`.
+
+mod case;
+mod cases;
+mod context;
+mod options;
+mod probe;
+mod procfs;
+mod runner;
+mod stream;
+mod tally;
+
+use std::env;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use podhull_testkit::{Release, namespaces};
+
+use options::Options;
+use tally::Tally;
+
+/// Which release a node is for, and where it writes its figures.
+const RELEASE: &str = "PODHULL_CRI_RELEASE";
+const RESULT: &str = "PODHULL_CRI_RESULT";
+
+fn main() -> ExitCode {
+    if let Some(code) = namespaces::helper_stage() {
+        return code;
+    }
+    let result = Options::parse(env::args().skip(1)).and_then(|options| {
+        if options.list {
+            list(&options)
+        } else if namespaces::inside() {
+            inside(&options)
+        } else {
+            outside(&options)
+        }
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("podhull-cri-tests: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn list(options: &Options) -> Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    for setup in options.setups() {
+        for case in cases::all() {
+            if case.on.has(setup) && options.wants(case.name) {
+                writeln!(out, "{setup} {}", case.name)?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One node after the other: each release finds what a fresh node has.
+fn outside(options: &Options) -> Result<ExitCode> {
+    let begin = Instant::now();
+    let mut total = Tally::default();
+    let result = env::temp_dir().join(format!("podhull-cri-{}", std::process::id()));
+    for release in &options.releases {
+        let file = result.to_string_lossy();
+        let code = namespaces::enter(&[(RELEASE, release.name()), (RESULT, &file)])?;
+        match Tally::take(&result) {
+            Ok(tally) => total += tally,
+            // It has said why.
+            Err(_) => {
+                eprintln!(
+                    "the run on containerd {} did not come to its end",
+                    release.name()
+                );
+                total.failed += 1;
+                if code != ExitCode::SUCCESS && code != ExitCode::FAILURE {
+                    return Ok(code);
+                }
+            }
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "\nall releases: {:.0} s",
+        begin.elapsed().as_secs_f64()
+    )?;
+    writeln!(out, "{total}")?;
+    Ok(if total.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn inside(options: &Options) -> Result<ExitCode> {
+    let release = env::var(RELEASE).with_context(|| format!("{RELEASE} is not set"))?;
+    let release = Release::named(&release).context("no such release")?;
+    let result = env::var_os(RESULT).with_context(|| format!("{RESULT} is not set"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("make the runtime")?;
+    let tally = runtime.block_on(runner::run(options, release))?;
+    tally.keep(&PathBuf::from(result))?;
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//! All cases, by area.
+
+mod cgroup;
+mod concurrency;
+mod confinement;
+mod container;
+mod event;
+mod exec;
+mod fault;
+mod lifecycle;
+mod mount;
+mod network;
+mod node;
+mod oracle;
+mod pod;
+mod refusal;
+mod restart;
+mod security;
+mod session;
+mod shim;
+
+use crate::case::Case;
+
+/// All of them, in the order in which they run.
+pub(crate) fn all() -> Vec<Case> {
+    [
+        oracle::cases(),
+        lifecycle::cases(),
+        concurrency::cases(),
+        pod::cases(),
+        container::cases(),
+        security::cases(),
+        mount::cases(),
+        cgroup::cases(),
+        network::cases(),
+        exec::cases(),
+        session::cases(),
+        event::cases(),
+        refusal::cases(),
+        confinement::cases(),
+        fault::cases(),
+        restart::cases(),
+        node::cases(),
+        shim::cases(),
+    ]
+    .concat()
+}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the processes around a VM may do, by the node's /proc.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::case::{cases, contains, same};
+use crate::context::Context;
+use crate::procfs::{Processes, Role, capabilities, namespace, of_threads, status};
+
+cases! {
+    PODHULL_TWICE:
+        confinement_vmm_has_no_rights,
+        confinement_vmm_holds_only_known_descriptors,
+        confinement_vsock_daemon_has_no_rights,
+        confinement_file_server_keeps_only_its_capabilities,
+        confinement_everything_is_in_the_pods_cgroup,
+        confinement_run_folder_is_closed_and_has_no_abstract_sockets,
+        confinement_kernel_command_line_has_no_secret;
+}
+
+const SETS: [&str; 5] = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+/// chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap.
+const FILE_SERVER: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
+
+/// No user, capability or way to get one.
+fn has_no_rights(pid: u32) -> Result<()> {
+    for field in ["Uid", "Gid"] {
+        let ids = status(pid, field)?;
+        ensure!(
+            ids.split_whitespace().all(|id| id != "0"),
+            "{field} of {pid}: {ids}"
+        );
+    }
+    same!(status(pid, "Groups")?, "", "groups");
+    for set in SETS {
+        same!(capabilities(pid, set)?, 0, "{set} of {pid}");
+    }
+    same!(status(pid, "NoNewPrivs")?, "1");
+    for kind in ["mnt", "net", "ipc", "uts"] {
+        ensure!(
+            namespace(pid, kind)? != namespace(std::process::id(), kind)?,
+            "{pid} is in the node's {kind} namespace"
+        );
+    }
+    // Its root is not the node's.
+    for folder in [
+        "/", "/root", "/home", "/var", "/run", "/sys", "/proc", "/etc", "/dev",
+    ] {
+        let there = fs::metadata(format!("/proc/{pid}/root{folder}"));
+        if let (Ok(there), Ok(nodes)) = (there, fs::metadata(folder)) {
+            let same = (there.dev(), there.ino()) == (nodes.dev(), nodes.ino());
+            ensure!(!same, "{pid} sees the node's {folder}");
+        }
+    }
+    Ok(())
+}
+
+async fn confinement_vmm_has_no_rights(t: &Context) -> Result<()> {
+    let (pod, _container) = t.idle().await?;
+    let pid = Processes::of(pod.id())?.pid(Role::Vmm)?;
+    has_no_rights(pid)?;
+    for mode in of_threads(pid, "Seccomp")? {
+        same!(mode, "2", "a thread's seccomp mode");
+    }
+    let environment = fs::read(format!("/proc/{pid}/environ"))?;
+    let environment = String::from_utf8_lossy(&environment).into_owned();
+    let names: Vec<_> = environment
+        .split_terminator('\0')
+        .filter_map(|pair| pair.split('=').next())
+        .collect();
+    ensure!(
+        names.iter().all(|name| *name == "PATH"),
+        "its environment: {environment:?}"
+    );
+    Ok(())
+}
+
+async fn confinement_vsock_daemon_has_no_rights(t: &Context) -> Result<()> {
+    let (pod, _container) = t.idle().await?;
+    has_no_rights(Processes::of(pod.id())?.pid(Role::VsockDaemon)?)
+}
+
+async fn confinement_vmm_holds_only_known_descriptors(t: &Context) -> Result<()> {
+    const KNOWN: [&str; 11] = [
+        "pipe:",
+        "socket:",
+        "/dev/null",
+        "/dev/urandom",
+        "/dev/kvm",
+        "/dev/net/tun",
+        "/dev/vhost-vsock",
+        "/memfd:",
+        "anon_inode:[eventfd]",
+        "anon_inode:[eventpoll]",
+        "anon_inode:[signalfd]",
+    ];
+    let (pod, _container) = t.idle().await?;
+    let pid = Processes::of(pod.id())?.pid(Role::Vmm)?;
+    let found = podhull_testkit::oracle::descriptors(pid)?;
+    let strange: Vec<_> = found
+        .iter()
+        .filter(|(target, _)| !KNOWN.iter().any(|known| target.starts_with(known)))
+        // With KVM, its VM and CPUs.
+        .filter(|(target, _)| !target.starts_with("anon_inode:kvm"))
+        .collect();
+    ensure!(
+        strange.is_empty(),
+        "unknown descriptors: {strange:?}, all: {found:?}"
+    );
+    ensure!(
+        found.values().sum::<usize>() < 100,
+        "too many descriptors: {found:?}"
+    );
+    Ok(())
+}
+
+async fn confinement_file_server_keeps_only_its_capabilities(t: &Context) -> Result<()> {
+    let (pod, _container) = t.idle().await?;
+    let pid = Processes::of(pod.id())?.pid(Role::FileServer)?;
+    for set in SETS {
+        let more = capabilities(pid, set)? & !FILE_SERVER;
+        same!(more, 0, "{set} has more than the file server needs");
+    }
+    for name in ["Seccomp", "NoNewPrivs"] {
+        let expected = if name == "Seccomp" { "2" } else { "1" };
+        for value in of_threads(pid, name)? {
+            same!(value, expected, "{name} of a thread");
+        }
+    }
+    for kind in ["mnt", "net", "pid"] {
+        ensure!(
+            namespace(pid, kind)? != namespace(std::process::id(), kind)?,
+            "the file server is in the node's {kind} namespace"
+        );
+    }
+    Ok(())
+}
+
+async fn confinement_everything_is_in_the_pods_cgroup(t: &Context) -> Result<()> {
+    let (pod, _container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    for role in [Role::Vmm, Role::FileServer, Role::VsockDaemon] {
+        let Ok(pid) = processes.pid(role) else {
+            ensure!(role == Role::VsockDaemon, "no {role:?}");
+            continue;
+        };
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let memory = cgroups
+            .lines()
+            .find(|line| line.contains(":memory:") || line.starts_with("0::"))
+            .context("no memory cgroup")?;
+        ensure!(memory.contains(pod.id()), "{role:?} is in {memory}");
+    }
+    Ok(())
+}
+
+async fn confinement_run_folder_is_closed_and_has_no_abstract_sockets(t: &Context) -> Result<()> {
+    let names = || -> Result<BTreeSet<OsString>> {
+        let entries = fs::read_dir("/run/podhull")?;
+        entries.map(|entry| Ok(entry?.file_name())).collect()
+    };
+    let before = names()?;
+    let (pod, _container) = t.idle().await?;
+    let new: Vec<_> = names()?.difference(&before).cloned().collect();
+    same!(new.len(), 1, "run folders for one pod");
+    for entry in fs::read_dir("/run/podhull")? {
+        let entry = entry?;
+        let mode = entry.metadata()?.permissions().mode() & 0o7777;
+        same!(mode, 0o700, "mode of {}", entry.path().display());
+    }
+    let processes = Processes::of(pod.id())?;
+    for pid in [
+        std::process::id(),
+        processes.pid(Role::Shim)?,
+        processes.pid(Role::Vmm)?,
+    ] {
+        let sockets = fs::read_to_string(format!("/proc/{pid}/net/unix"))?;
+        let abstract_ones: Vec<_> = sockets
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(7))
+            .filter(|name| name.starts_with('@') && !name.contains("containerd"))
+            .collect();
+        ensure!(
+            abstract_ones.is_empty(),
+            "abstract sockets near {pid}: {abstract_ones:?}"
+        );
+    }
+    Ok(())
+}
+
+async fn confinement_kernel_command_line_has_no_secret(t: &Context) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let line = container
+        .exec(["cat", "/proc/cmdline"])
+        .await?
+        .success()?
+        .text();
+    for word in line.split_whitespace() {
+        let longest = word
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .map(str::len)
+            .max();
+        ensure!(longest < Some(32), "{word} may be a secret: {line}");
+    }
+    let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
+    let arguments = fs::read(format!("/proc/{vmm}/cmdline"))?;
+    let arguments = String::from_utf8_lossy(&arguments).replace('\0', " ");
+    let emulated = if arguments.contains("accel=tcg") {
+        true
+    } else if arguments.contains("accel=kvm") {
+        false
+    } else {
+        bail!("no accelerator in {arguments}");
+    };
+    for word in ["mitigations=off", "no_timer_check"] {
+        same!(line.contains(word), emulated, "{word} in {line}");
+    }
+    contains!(&line, "panic=-1");
+    Ok(())
+}

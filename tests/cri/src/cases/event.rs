@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What containerd is told without asking.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use podhull_testkit::image::BUSYBOX;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout};
+
+use crate::case::{cases, same};
+use crate::context::Context;
+
+cases! {
+    ALL:
+        event_order_of_a_task_is_kept;
+}
+
+const WITHIN: Duration = Duration::from_secs(30);
+
+/// `ctr events`, running.
+struct Events {
+    ctr: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Events {
+    /// Returns once events arrive.
+    async fn subscribe(t: &Context) -> Result<Self> {
+        let containerd = t.containerd().await;
+        let mut ctr = containerd
+            .ctr_command(&["events"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let stdout = ctr.stdout.take().context("stdout")?;
+        let mut events = Self {
+            ctr,
+            lines: BufReader::new(stdout).lines(),
+        };
+        // A subscription says nothing: make events until one comes.
+        for number in 0..100 {
+            let label = format!("podhull.test/event={number}");
+            containerd
+                .ctr(&["images", "label", BUSYBOX, &label])
+                .await?;
+            let line = tokio::time::timeout(Duration::from_millis(200), events.next()).await;
+            if line.is_ok() {
+                return Ok(events);
+            }
+        }
+        anyhow::bail!("no event came")
+    }
+
+    /// The topic and the content of the next one.
+    async fn next(&mut self) -> Result<(String, Value)> {
+        let line = self.lines.next_line().await?.context("ctr ended")?;
+        // 2026-01-02 03:04:05.6 +0000 UTC k8s.io /tasks/exit {...}
+        let (head, json) = line.split_at(line.find('{').unwrap_or(line.len()));
+        let topic = head
+            .split_whitespace()
+            .last()
+            .unwrap_or_default()
+            .to_owned();
+        Ok((topic, serde_json::from_str(json).unwrap_or(Value::Null)))
+    }
+
+    /// The topics about one process of a container, up to `last`.
+    async fn of(&mut self, container: &str, last: &str) -> Result<Vec<String>> {
+        let mut topics = Vec::new();
+        let collect = async {
+            loop {
+                let (topic, event) = self.next().await?;
+                if event["container_id"] != container {
+                    continue;
+                }
+                let exec = event["exec_id"].as_str().or(event["id"].as_str());
+                let exec = exec.filter(|id| *id != container && !id.is_empty());
+                let code = event["exit_status"].as_u64().unwrap_or(0);
+                let kind = if exec.is_some() { "exec " } else { "" };
+                let topic = topic.trim_start_matches("/tasks/").to_owned();
+                topics.push(match &*topic {
+                    "exit" => format!("{kind}exit {code}"),
+                    _ => format!("{kind}{topic}"),
+                });
+                if topic == last && exec.is_none() {
+                    return anyhow::Ok(());
+                }
+            }
+        };
+        let result = tokio::time::timeout(WITHIN, collect).await;
+        match result {
+            Ok(result) => result?,
+            Err(_) => anyhow::bail!("no {last} event came, only {topics:?}"),
+        }
+        Ok(topics)
+    }
+}
+
+async fn event_order_of_a_task_is_kept(t: &Context) -> Result<()> {
+    let mut events = Events::subscribe(t).await?;
+    let (pod, container) = t.idle().await?;
+    container.shell("exit 4").await?;
+    container.stop(10).await?;
+    let mut topics = events.of(container.id(), "delete").await?;
+    // An exec's own events may come between the container's, but in order.
+    let execs: Vec<_> = topics
+        .extract_if(.., |topic| topic.starts_with("exec "))
+        .collect();
+    same!(topics, ["create", "start", "exit 0", "delete"]);
+    same!(
+        execs,
+        ["exec exec-added", "exec exec-started", "exec exit 4"]
+    );
+    // A container that ends by itself, and one that is killed.
+    let quick = t.container(&pod, "quick").command(["true"]).start().await?;
+    same!(
+        events.of(quick.id(), "delete").await?,
+        ["create", "start", "exit 0", "delete"]
+    );
+    let killed = t
+        .container(&pod, "killed")
+        .command(["sleep", "1000"])
+        .start()
+        .await?;
+    killed.stop(0).await?;
+    same!(
+        events.of(killed.id(), "delete").await?,
+        ["create", "start", "exit 137", "delete"]
+    );
+    ensure!(pod.is_ready().await?, "the pod ended");
+    t.containerd()
+        .await
+        .ctr(&["images", "label", BUSYBOX, "podhull.test/event="])
+        .await?;
+    events.ctr.kill().await?;
+    Ok(())
+}

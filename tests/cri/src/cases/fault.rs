@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Processes of a pod die or hang.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use podhull_testkit::cri::{Container, Pod};
+
+use super::lifecycle::boot_id;
+use crate::case::{Skip, cases, same};
+use crate::context::Context;
+use crate::procfs::{Processes, Role, signal};
+
+cases! {
+    PODHULL:
+        fault_killed_shim_takes_its_pod_along,
+        fault_killed_vmm_ends_its_pod_only;
+    PODHULL_TWICE:
+        fault_killed_file_server_ends_its_pod,
+        fault_killed_vsock_daemon_ends_its_pod,
+        fault_panic_of_the_guest_ends_its_pod,
+        fault_frozen_guest_comes_back,
+        fault_killed_vmm_answers_a_running_exec;
+}
+
+/// A dead VM is noticed within a second; the rest is for a slow machine.
+const NOTICED_WITHIN: Duration = Duration::from_secs(10);
+
+/// The pod has ended: not Ready, its container killed, no process left, and it
+/// can be removed.
+async fn ends(pod: &Pod, container: &Container, processes: &Processes) -> Result<()> {
+    same!(has_ended(pod, container, processes).await?, 137);
+    Ok(())
+}
+
+/// The same; gives the container's exit code.
+async fn has_ended(pod: &Pod, container: &Container, processes: &Processes) -> Result<i32> {
+    // The shim may stay until the pod is removed: somebody may ask it.
+    processes.vm_gone(NOTICED_WITHIN).await?;
+    let status = container.exited(NOTICED_WITHIN).await?;
+    pod.not_ready(NOTICED_WITHIN).await?;
+    ensure!(
+        container.exec(["true"]).await.is_err(),
+        "an exec in a dead pod succeeded"
+    );
+    pod.stop().await?;
+    container.remove().await?;
+    pod.remove().await?;
+    processes.gone(NOTICED_WITHIN).await?;
+    Ok(status.exit_code)
+}
+
+async fn kill_and_watch(t: &Context, role: Role) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    signal(processes.pid(role)?, Signal::SIGKILL)?;
+    ends(&pod, &container, &processes).await
+}
+
+async fn fault_killed_shim_takes_its_pod_along(t: &Context) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    signal(processes.pid(Role::Shim)?, Signal::SIGKILL)?;
+    let code = has_ended(&pod, &container, &processes).await?;
+    // 255 is containerd's own word if its waiting call fails before `delete` answers.
+    ensure!([137, 255].contains(&code), "exit code {code}");
+    Ok(())
+}
+
+async fn fault_killed_vmm_ends_its_pod_only(t: &Context) -> Result<()> {
+    let (other, neighbour) = t.idle().await?;
+    kill_and_watch(t, Role::Vmm).await?;
+    ensure!(other.is_ready().await?, "the other pod ended too");
+    neighbour.exec(["true"]).await?.success()?;
+    Ok(())
+}
+
+async fn fault_killed_file_server_ends_its_pod(t: &Context) -> Result<()> {
+    kill_and_watch(t, Role::FileServer).await
+}
+
+async fn fault_killed_vsock_daemon_ends_its_pod(t: &Context) -> Result<()> {
+    kill_and_watch(t, Role::VsockDaemon).await
+}
+
+async fn fault_killed_vmm_answers_a_running_exec(t: &Context) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    let exec = container.shell("echo begun >/dev/shm/begun; sleep 1000");
+    let killing = async {
+        while container.shell("cat /dev/shm/begun").await?.text() != "begun" {}
+        signal(processes.pid(Role::Vmm)?, Signal::SIGKILL)
+    };
+    let waited = async { tokio::try_join!(async { anyhow::Ok(exec.await) }, killing) };
+    let (exec, ()) = tokio::time::timeout(Duration::from_secs(20), waited)
+        .await
+        .context("the exec is not answered")??;
+    if let Ok(output) = exec {
+        same!(output.code, 137, "the exec");
+    }
+    ends(&pod, &container, &processes).await
+}
+
+async fn fault_panic_of_the_guest_ends_its_pod(t: &Context) -> Result<()> {
+    let pod = t
+        .pod("pod")
+        .linux(|linux| linux.security_context.get_or_insert_default().privileged = true)
+        .run()
+        .await?;
+    let builder = pod.container("main").idle();
+    let container = builder
+        .security(|security| security.privileged = true)
+        .start()
+        .await?;
+    if container
+        .exec(["test", "-e", "/proc/sysrq-trigger"])
+        .await?
+        .code
+        != 0
+    {
+        return Err(Skip("the guest's kernel has no SysRq".into()).into());
+    }
+    let processes = Processes::of(pod.id())?;
+    // Nobody answers this one.
+    let trigger = container.shell("echo c >/proc/sysrq-trigger");
+    let answered = tokio::time::timeout(Duration::from_secs(20), trigger).await;
+    ensure!(answered.is_ok(), "the exec is not answered");
+    ends(&pod, &container, &processes).await
+}
+
+async fn fault_frozen_guest_comes_back(t: &Context) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let boot = boot_id(&container).await?;
+    let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
+    signal(vmm, Signal::SIGSTOP)?;
+    let exec = container.exec(["echo", "late"]);
+    let thaw = async {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        signal(vmm, Signal::SIGCONT)
+    };
+    let (exec, thawed) = tokio::join!(exec, thaw);
+    thawed?;
+    same!(exec?.text(), "late");
+    ensure!(pod.is_ready().await?, "the pod was given up");
+    same!(boot_id(&container).await?, boot);
+    Ok(())
+}

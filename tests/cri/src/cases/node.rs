@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A node that is not as it should be: the CRI reply says what is wrong, and
+//! nothing is left. The runner restores the configuration.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use podhull_testkit::containerd::podhull_config;
+use podhull_testkit::oracle::assert_clean;
+
+use crate::case::{Skip, cases, contains};
+use crate::context::{Context, refusal};
+
+cases! {
+    PODHULL_TWICE:
+        node_missing_files_are_named,
+        node_files_of_the_wrong_kind_are_named,
+        node_guest_that_panics_is_quoted,
+        node_wrong_settings_are_named_with_their_line;
+    PODHULL:
+        node_without_kvm_is_refused_unless_emulation_is_allowed;
+}
+
+const CONFIG: &str = "/etc/podhull/config.toml";
+
+/// The node's configuration with one key changed.
+fn with(t: &Context, key: &str, value: &str) -> String {
+    let config = podhull_config(t.node().programs());
+    let mut lines: Vec<_> = config
+        .lines()
+        .filter(|line| line.split('=').next().is_none_or(|name| name.trim() != key))
+        .map(str::to_owned)
+        .collect();
+    lines.push(format!("{key} = {value}"));
+    lines.join("\n") + "\n"
+}
+
+/// With this configuration, a pod is refused with these words.
+async fn refused(t: &Context, config: &str, words: &[&str]) -> Result<()> {
+    fs::write(CONFIG, config).context("write podhull's configuration")?;
+    let begin = Instant::now();
+    let text = refusal(t.pod("pod").run().await, &words.join(" "))?;
+    for word in words {
+        contains!(&text, word);
+    }
+    let took = begin.elapsed();
+    ensure!(
+        took < Duration::from_secs(30),
+        "refused only after {took:?}"
+    );
+    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
+}
+
+/// With the node's own configuration, a pod runs.
+async fn works_again(t: &Context) -> Result<()> {
+    fs::write(CONFIG, podhull_config(t.node().programs()))?;
+    let (_pod, container) = t.idle().await?;
+    container.exec(["true"]).await?.success()?;
+    Ok(())
+}
+
+async fn node_missing_files_are_named(t: &Context) -> Result<()> {
+    for key in ["kernel", "initramfs", "qemu", "vsock_daemon"] {
+        if key == "vsock_daemon" && Path::new("/dev/vhost-vsock").exists() {
+            continue;
+        }
+        let path = format!("/nonexistent/{key}");
+        let config = with(t, key, &format!("{path:?}"));
+        refused(t, &config, &[key, &path, "No such file"])
+            .await
+            .context(key)?;
+    }
+    works_again(t).await
+}
+
+async fn node_files_of_the_wrong_kind_are_named(t: &Context) -> Result<()> {
+    let text = t.new_file("text", "#!/bin/sh\nexit 1\n")?;
+    for (key, says) in [
+        ("kernel", "neither an ELF file nor a bzImage"),
+        ("initramfs", "neither a cpio archive nor a compressed one"),
+        ("qemu", "not a program"),
+        ("vsock_daemon", "not a program"),
+    ] {
+        if key == "vsock_daemon" && Path::new("/dev/vhost-vsock").exists() {
+            continue;
+        }
+        let config = with(t, key, &format!("{text:?}"));
+        refused(t, &config, &[key, &text, says])
+            .await
+            .context(key)?;
+    }
+    works_again(t).await
+}
+
+async fn node_guest_that_panics_is_quoted(t: &Context) -> Result<()> {
+    // An archive by its first bytes only: no /init, no root, a panic.
+    let garbage = t.new_file("initramfs", "070701 and then nothing of use")?;
+    let config = with(t, "initramfs", &format!("{garbage:?}"));
+    refused(t, &config, &["panic"]).await?;
+    works_again(t).await
+}
+
+async fn node_wrong_settings_are_named_with_their_line(t: &Context) -> Result<()> {
+    let good = podhull_config(t.node().programs());
+    let line = format!("line {}", good.lines().count() + 1);
+    for (text, words) in [
+        ("alow_emulation = true", &[&*line, "alow_emulation"][..]),
+        ("default_vcpus = \"two\"", &[&*line, "default_vcpus"]),
+        ("this is no TOML", &[&*line]),
+        (
+            "default_memory_mib = 8",
+            &["default_memory_mib", "8", "expected"],
+        ),
+        (
+            "run_dir = \"relative\"",
+            &["run_dir", "relative", "absolute"],
+        ),
+    ] {
+        let config = format!("{good}{text}\n");
+        let mut words = words.to_vec();
+        words.push(CONFIG);
+        refused(t, &config, &words).await.context(text)?;
+    }
+    works_again(t).await
+}
+
+async fn node_without_kvm_is_refused_unless_emulation_is_allowed(t: &Context) -> Result<()> {
+    fs::write(CONFIG, with(t, "allow_emulation", "false"))?;
+    let text = match t.pod("pod").run().await {
+        Ok(_) => return Err(Skip("KVM works on this machine".into()).into()),
+        Err(error) => format!("{error:#}"),
+    };
+    contains!(&text, "KVM cannot be used", "allow_emulation");
+    works_again(t).await
+}

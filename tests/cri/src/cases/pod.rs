@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What containers find in their pod.
+
+use anyhow::{Context as _, Result, ensure};
+use podhull_testkit::cri::api::{DnsConfig, Int64Value, NamespaceMode};
+use podhull_testkit::cri::{Container, Pod};
+
+use crate::case::{cases, contains, same};
+use crate::context::{Context, text_of};
+use crate::probe::{PROBE, with_probe};
+
+cases! {
+    ALL_TWICE:
+        pod_hostname_and_its_files_are_set,
+        pod_dns_settings_are_in_resolv_conf,
+        pod_shared_memory_is_shared_and_limited,
+        pod_shared_pid_namespace_shows_its_containers,
+        pod_target_pid_namespace_shows_the_target,
+        pod_sysctls_are_set;
+}
+
+async fn pod_hostname_and_its_files_are_set(t: &Context) -> Result<()> {
+    let pod = t
+        .pod("web-0")
+        .edit(|config| config.hostname = "web-0".into())
+        .run()
+        .await?;
+    let script = "hostname; uname -n; cat /etc/hostname; echo $HOSTNAME; cat /etc/hosts";
+    let text = text_of(t.container(&pod, "main"), script).await?;
+    let lines: Vec<_> = text.lines().collect();
+    same!(lines[..4], ["web-0"; 4]);
+    contains!(lines[4..].join("\n"), "127.0.0.1", "localhost");
+    Ok(())
+}
+
+async fn pod_dns_settings_are_in_resolv_conf(t: &Context) -> Result<()> {
+    let dns = DnsConfig {
+        servers: vec!["10.96.0.10".into(), "fd00::10".into()],
+        searches: vec!["default.svc.cluster.local".into(), "cluster.local".into()],
+        options: vec!["ndots:5".into()],
+    };
+    let pod = t
+        .pod("pod")
+        .edit(|config| config.dns_config = Some(dns))
+        .run()
+        .await?;
+    let text = text_of(t.container(&pod, "main"), "cat /etc/resolv.conf").await?;
+    let lines: Vec<_> = text.lines().collect();
+    same!(
+        lines,
+        [
+            "search default.svc.cluster.local cluster.local",
+            "nameserver 10.96.0.10",
+            "nameserver fd00::10",
+            "options ndots:5"
+        ]
+    );
+    Ok(())
+}
+
+async fn pod_shared_memory_is_shared_and_limited(t: &Context) -> Result<()> {
+    let (pod, one) = t.idle().await?;
+    let two = t.container(&pod, "two").idle().start().await?;
+    one.shell("echo hello >/dev/shm/note").await?.success()?;
+    same!(
+        two.shell("cat /dev/shm/note").await?.success()?.text(),
+        "hello"
+    );
+    let kind = two
+        .shell("grep ' /dev/shm ' /proc/mounts | cut -d' ' -f3")
+        .await?;
+    same!(kind.text(), "tmpfs");
+    let size = two
+        .shell("df -k /dev/shm | tail -1 | awk '{print $2}'")
+        .await?;
+    same!(size.text(), "65536", "KiB in /dev/shm");
+    Ok(())
+}
+
+/// A container that sleeps for a time that tells it apart.
+async fn sleeper(
+    t: &Context,
+    pod: &Pod,
+    name: &str,
+    seconds: &str,
+    mode: NamespaceMode,
+    target: &str,
+) -> Result<Container> {
+    t.container(pod, name)
+        .shell(&format!("sleep {seconds} & wait"))
+        .security(|security| {
+            let options = security.namespace_options.get_or_insert_default();
+            options.set_pid(mode);
+            options.target_id = target.into();
+        })
+        .start()
+        .await
+}
+
+async fn processes(container: &Container) -> Result<String> {
+    Ok(container
+        .exec(["ps", "-o", "pid,args"])
+        .await?
+        .success()?
+        .text())
+}
+
+async fn pod_shared_pid_namespace_shows_its_containers(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let own = sleeper(t, &pod, "own", "1111", NamespaceMode::Container, "").await?;
+    let one = sleeper(t, &pod, "one", "2222", NamespaceMode::Pod, "").await?;
+    let two = sleeper(t, &pod, "two", "3333", NamespaceMode::Pod, "").await?;
+    for container in [&one, &two] {
+        let text = processes(container).await?;
+        contains!(&text, "sleep 2222", "sleep 3333");
+        ensure!(
+            !text.contains("sleep 1111"),
+            "not of the pod's namespace: {text}"
+        );
+        let first = container.exec(["cat", "/proc/1/cmdline"]).await?.text();
+        ensure!(
+            !first.contains("sleep 2222"),
+            "the container's process is PID 1: {first}"
+        );
+    }
+    let text = processes(&own).await?;
+    contains!(&text, "sleep 1111");
+    ensure!(
+        !text.contains("sleep 2222"),
+        "not of its own namespace: {text}"
+    );
+    contains!(
+        own.exec(["cat", "/proc/1/cmdline"]).await?.text(),
+        "sleep 1111"
+    );
+    // The end of one container is not the end of the namespace.
+    one.stop(0).await?;
+    contains!(processes(&two).await?, "sleep 3333");
+    Ok(())
+}
+
+async fn pod_target_pid_namespace_shows_the_target(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let target = sleeper(t, &pod, "target", "1111", NamespaceMode::Container, "").await?;
+    let debug = sleeper(t, &pod, "debug", "2222", NamespaceMode::Target, target.id()).await?;
+    for container in [&target, &debug] {
+        contains!(processes(container).await?, "sleep 1111", "sleep 2222");
+    }
+    debug.stop(0).await?;
+    debug.remove().await?;
+    contains!(processes(&target).await?, "sleep 1111");
+    Ok(())
+}
+
+async fn pod_sysctls_are_set(t: &Context) -> Result<()> {
+    let pod = t
+        .pod("pod")
+        .linux(|linux| {
+            for (key, value) in [
+                ("net.ipv4.ip_unprivileged_port_start", "81"),
+                ("kernel.shm_rmid_forced", "1"),
+            ] {
+                linux.sysctls.insert(key.into(), value.into());
+            }
+        })
+        .run()
+        .await?;
+    let container = t.container(&pod, "main").idle().security(|security| {
+        security.run_as_user = Some(Int64Value { value: 1000 });
+        let capabilities = security.capabilities.get_or_insert_default();
+        capabilities.drop_capabilities = vec!["ALL".into()];
+    });
+    let container = with_probe(t, container).await?.start().await?;
+    let value = container
+        .exec(["cat", "/proc/sys/kernel/shm_rmid_forced"])
+        .await?;
+    same!(value.text(), "1");
+    for (port, result) in [("80", "EACCES"), ("81", "ok")] {
+        let output = container
+            .exec([PROBE, "bind", port])
+            .await
+            .context("bind")?;
+        same!(output.text(), result, "bind to port {port}");
+    }
+    Ok(())
+}

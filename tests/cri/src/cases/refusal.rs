@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a pod in a VM cannot have is refused by the name of its field.
+
+use anyhow::{Result, ensure};
+use podhull_testkit::cri::api::{Device, MountPropagation, NamespaceMode};
+use podhull_testkit::cri::{ContainerBuilder, Pod};
+
+use crate::case::{cases, contains};
+use crate::context::{Context, refusal};
+
+cases! {
+    PODHULL:
+        refusal_of_host_namespaces_names_them;
+    PODHULL_TWICE:
+        refusal_of_a_host_device_names_it,
+        refusal_of_bidirectional_mounts_names_them,
+        refusal_of_the_hosts_kernel_folders_names_them,
+        refusal_of_too_little_memory_names_the_floor;
+}
+
+async fn refusal_of_host_namespaces_names_them(t: &Context) -> Result<()> {
+    type Change = fn(&mut podhull_testkit::cri::api::NamespaceOption);
+    let changes: [(&str, Change); 3] = [
+        ("hostNetwork", |options| {
+            options.set_network(NamespaceMode::Node)
+        }),
+        ("hostPID", |options| options.set_pid(NamespaceMode::Node)),
+        ("hostIPC", |options| options.set_ipc(NamespaceMode::Node)),
+    ];
+    for (field, change) in changes {
+        let result = t.pod("pod").namespaces(change).run().await;
+        contains!(refusal(result, field)?, field);
+    }
+    ensure!(
+        t.client().pod_ids(None).await?.is_empty(),
+        "a refused pod is listed"
+    );
+    Ok(())
+}
+
+/// A container is refused with these words, and its pod goes on.
+async fn refused(t: &Context, pod: &Pod, builder: ContainerBuilder, words: &[&str]) -> Result<()> {
+    let text = refusal(builder.start().await, &words.join(" "))?;
+    for word in words {
+        contains!(&text, word);
+    }
+    let good = t.container(pod, "good").idle().start().await?;
+    good.exec(["true"]).await?.success()?;
+    good.stop(0).await?;
+    good.remove().await
+}
+
+async fn refusal_of_a_host_device_names_it(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let builder = t.container(&pod, "main").idle().edit(|config| {
+        config.devices.push(Device {
+            host_path: "/dev/null".into(),
+            container_path: "/dev/mine".into(),
+            permissions: "rw".into(),
+        });
+    });
+    refused(t, &pod, builder, &["devices", "/dev/mine"]).await
+}
+
+async fn refusal_of_bidirectional_mounts_names_them(t: &Context) -> Result<()> {
+    let folder = t.new_folder("data")?;
+    let pod = t.ready_pod().await?;
+    let builder = t
+        .container(&pod, "main")
+        .idle()
+        .mount(&folder, "/data", false)
+        .edit(|config| {
+            if let Some(mount) = config.mounts.last_mut() {
+                mount.set_propagation(MountPropagation::PropagationBidirectional);
+            }
+        });
+    refused(t, &pod, builder, &["/data", "Bidirectional"]).await
+}
+
+async fn refusal_of_the_hosts_kernel_folders_names_them(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    for (attempt, folder) in ["/dev", "/proc", "/sys/kernel"].into_iter().enumerate() {
+        let builder = t.container(&pod, "main").attempt(u32::try_from(attempt)?);
+        let builder = builder.idle().mount(folder, "/of-the-host", true);
+        let text = refusal(builder.start().await, folder)?;
+        contains!(&text, "/of-the-host", folder);
+    }
+    let builder = t.container(&pod, "main").attempt(9).idle();
+    builder.start().await?.exec(["true"]).await?.success()?;
+    Ok(())
+}
+
+async fn refusal_of_too_little_memory_names_the_floor(t: &Context) -> Result<()> {
+    let pod = t.pod("pod").linux(|linux| {
+        linux
+            .resources
+            .get_or_insert_default()
+            .memory_limit_in_bytes = 16 << 20;
+    });
+    let text = refusal(pod.run().await, "a pod with 16 MiB")?;
+    contains!(&text, "resources.limits.memory", "MiB");
+    Ok(())
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line.
+
+use anyhow::{Context as _, Result, bail};
+use podhull_testkit::Release;
+
+use crate::case::Setup;
+
+const USAGE: &str = "podhull-cri-tests [--containerd 1.6|2.4|all] [--handler podhull|podhull-sandbox|runc|all] [--list] [FILTER...]";
+
+/// What the user asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Options {
+    pub(crate) releases: Vec<Release>,
+    pub(crate) list: bool,
+    handlers: Vec<String>,
+    filters: Vec<String>,
+}
+
+impl Options {
+    /// Reads the arguments after the program's name.
+    pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Self> {
+        let mut options = Self {
+            releases: vec![Release::Debian16, Release::V2_4],
+            list: false,
+            handlers: vec!["podhull".into(), "podhull-sandbox".into()],
+            filters: Vec::new(),
+        };
+        let mut args = args.into_iter();
+        while let Some(arg) = args.next() {
+            let mut value = || {
+                args.next()
+                    .with_context(|| format!("{arg} needs a value; {USAGE}"))
+            };
+            match &*arg {
+                "--containerd" => match &*value()? {
+                    "all" => {}
+                    name => {
+                        let release = Release::named(name)
+                            .with_context(|| format!("no containerd {name}; {USAGE}"))?;
+                        options.releases = vec![release];
+                    }
+                },
+                "--handler" => match &*value()? {
+                    "all" => options.handlers = Setup::HANDLERS.map(str::to_owned).into(),
+                    name if Setup::HANDLERS.contains(&name) => options.handlers = vec![name.into()],
+                    name => bail!("no handler {name}; {USAGE}"),
+                },
+                "--list" => options.list = true,
+                "--help" | "-h" => bail!("{USAGE}"),
+                other if other.starts_with('-') => bail!("unknown option {other}; {USAGE}"),
+                filter => options.filters.push(filter.into()),
+            }
+        }
+        Ok(options)
+    }
+
+    /// True if a case of this name is to run: any filter is part of its name.
+    pub(crate) fn wants(&self, name: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(&**filter))
+    }
+
+    /// What to run, releases in order.
+    pub(crate) fn setups(&self) -> Vec<Setup> {
+        self.releases
+            .iter()
+            .flat_map(|release| self.setups_of(*release))
+            .collect()
+    }
+
+    /// What to run on one release.
+    pub(crate) fn setups_of(&self, release: Release) -> Vec<Setup> {
+        Setup::HANDLERS
+            .into_iter()
+            .filter(|handler| self.handlers.iter().any(|wanted| wanted == handler))
+            .map(|handler| Setup { release, handler })
+            // 1.6 knows no other sandboxer than its own.
+            .filter(|setup| setup.release != Release::Debian16 || !setup.shim_is_sandboxer())
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Options> {
+        Options::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn by_default_podhull_runs_everywhere() {
+        let setups = parse("").unwrap().setups();
+        let shown: Vec<_> = setups.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            ["[1.6 podhull]", "[2.4 podhull]", "[2.4 podhull-sandbox]"]
+        );
+    }
+
+    #[test]
+    fn arguments_narrow_it_and_wrong_ones_are_refused() {
+        let options = parse("--containerd 2.4 --handler runc exec_ mount_").unwrap();
+        assert_eq!(options.setups().len(), 1);
+        assert!(options.wants("exec_x") && options.wants("mount_y") && !options.wants("z"));
+        for wrong in ["--containerd 3", "--handler crun", "--containerd", "--x"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Runs cases one after the other, each between two looks at the node.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use podhull_testkit::containerd::podhull_config;
+use podhull_testkit::cri::api::{PortMapping, RemovePodSandboxRequest, StopPodSandboxRequest};
+use podhull_testkit::oracle::{Snapshot, assert_clean, settled};
+use podhull_testkit::{Node, Release, evidence};
+
+use crate::case::{Case, Setup, Skip};
+use crate::cases;
+use crate::context::Context;
+use crate::options::Options;
+use crate::tally::Tally;
+
+/// No case takes longer.
+const CASE_WITHIN: Duration = Duration::from_secs(120);
+/// After it, everything it made is gone within this.
+const CLEAN_WITHIN: Duration = Duration::from_secs(10);
+/// For removing one pod that a case left.
+const REMOVE_WITHIN: Duration = Duration::from_secs(45);
+/// How much of each log is quoted with a failure, and of each of its lines.
+const LOG_LINES: usize = 20;
+const LINE: usize = 400;
+
+/// Runs what `options` asks for on a fresh node with `release`.
+pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
+    let node = Node::here()?;
+    let setups = options.setups_of(release);
+    if setups.iter().any(|setup| setup.is_podhull()) {
+        node.programs().check()?;
+    }
+    let containerd = node.start_containerd(release).await?;
+    let mut context = Context::new(node, containerd);
+    let mut tally = Tally::default();
+    for setup in setups {
+        let cases: Vec<_> = cases::all()
+            .into_iter()
+            .filter(|case| case.on.has(setup) && options.wants(case.name))
+            .collect();
+        if !cases.is_empty() {
+            tally += run_setup(&mut context, setup, &cases).await?;
+        }
+    }
+    Ok(tally)
+}
+
+async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Result<Tally> {
+    let begin = Instant::now();
+    context.begin(setup);
+    if let Err(error) = warm_up(context).await {
+        eprintln!("{}", evidence::logs(context.node().folder(), LOG_LINES));
+        return Err(error.context(format!("the first pod on {setup}")));
+    }
+    let mut before = settled(&*context.containerd().await, CLEAN_WITHIN).await?;
+    let mut tally = Tally::default();
+    for case in cases {
+        let started = Instant::now();
+        let (result, clean) = one(context, case, &before).await;
+        if clean.is_err() {
+            // What this one left must not fail the next ones.
+            let containerd = context.containerd().await;
+            before = match settled(&containerd, CLEAN_WITHIN).await {
+                Ok(now) => now,
+                Err(_) => Snapshot::take(&containerd).await?,
+            };
+        }
+        let took = started.elapsed().as_secs_f64();
+        let result = match (result, clean) {
+            (Err(error), Err(leak)) => Err(anyhow!("{error:#}\nand then: {leak:#}")),
+            (result, clean) => result.and(clean),
+        };
+        report(case, setup, took, result, &mut tally)?;
+    }
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "{setup}: {tally} in {:.0} s",
+        begin.elapsed().as_secs_f64()
+    )?;
+    Ok(tally)
+}
+
+fn report(
+    case: &Case,
+    setup: Setup,
+    took: f64,
+    result: Result<()>,
+    tally: &mut Tally,
+) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match result {
+        Ok(()) => {
+            tally.passed += 1;
+            writeln!(out, "test {} {setup} ... ok ({took:.2}s)", case.name)?;
+        }
+        Err(error) if error.is::<Skip>() => {
+            tally.skipped += 1;
+            writeln!(out, "SKIP {} {setup}: {error}", case.name)?;
+        }
+        Err(error) => {
+            tally.failed += 1;
+            writeln!(
+                out,
+                "test {} {setup} ... FAILED ({took:.2}s)\n{}",
+                case.name,
+                indent(&format!("{error:#}"))
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// A pod's life, so that containerd and CNI have made what stays: the bridge,
+/// their folders, their chains.
+async fn warm_up(context: &Context) -> Result<()> {
+    let mapping = PortMapping {
+        container_port: 80,
+        host_port: 18080,
+        ..PortMapping::default()
+    };
+    let pod = context
+        .pod("warm-up")
+        .edit(|config| config.port_mappings = vec![mapping])
+        .run()
+        .await?;
+    context.container(&pod, "main").idle().start().await?;
+    remove_everything(context).await
+}
+
+/// The case's result, and whether the node is as it was at `before`.
+async fn one(context: &mut Context, case: &Case, before: &Snapshot) -> (Result<()>, Result<()>) {
+    if let Err(error) = context.begin_case(case.name, before.clone()) {
+        return (Err(error), Ok(()));
+    }
+    let result = match tokio::time::timeout(CASE_WITHIN, (case.run)(context)).await {
+        Ok(result) => result,
+        Err(_) => Err(anyhow!("still runs after {CASE_WITHIN:?}")),
+    };
+    // While its pods are still there.
+    let result = result.map_err(|error| {
+        if error.is::<Skip>() {
+            error
+        } else {
+            quoting_logs(context, &error)
+        }
+    });
+    let clean = match restore(context).await {
+        Ok(()) => assert_clean(&*context.containerd().await, before, CLEAN_WITHIN).await,
+        Err(error) => Err(error.context("afterwards")),
+    };
+    (result, clean.map_err(|error| quoting_logs(context, &error)))
+}
+
+/// The error, and what the programs under test wrote last.
+fn quoting_logs(context: &Context, error: &anyhow::Error) -> anyhow::Error {
+    let logs = evidence::logs(context.node().folder(), LOG_LINES);
+    anyhow!("{error:#}\n{logs}")
+}
+
+/// Makes good what a case did to the node, and removes its pods and files.
+async fn restore(context: &Context) -> Result<()> {
+    let config = podhull_config(context.node().programs());
+    fs::write("/etc/podhull/config.toml", config).context("restore podhull's configuration")?;
+    {
+        let mut containerd = context.containerd_mut().await;
+        if containerd.pid().is_none() {
+            containerd.start_again().await?;
+        }
+    }
+    let removed = remove_everything(context).await;
+    removed.and(empty(context.folder()))
+}
+
+/// Removes every pod. What fails at first is tried once more, so that the next
+/// case does not find it, and is an error all the same.
+async fn remove_everything(context: &Context) -> Result<()> {
+    let mut first = Ok(());
+    for _ in 0..2 {
+        for id in context.client().pod_ids(None).await? {
+            let removed = tokio::time::timeout(REMOVE_WITHIN, remove(context, &id)).await;
+            let removed =
+                removed.unwrap_or_else(|_| Err(anyhow!("not removed within {REMOVE_WITHIN:?}")));
+            first = first.and(removed.with_context(|| format!("remove pod {id}")));
+        }
+    }
+    empty(Path::new("/var/log/pods"))?;
+    first
+}
+
+/// Stops and removes a pod of which only the id is known.
+pub(crate) async fn remove(context: &Context, id: &str) -> Result<()> {
+    let mut runtime = context.client().runtime();
+    let request = StopPodSandboxRequest {
+        pod_sandbox_id: id.into(),
+    };
+    runtime
+        .stop_pod_sandbox(request)
+        .await
+        .context("StopPodSandbox")?;
+    let request = RemovePodSandboxRequest {
+        pod_sandbox_id: id.into(),
+    };
+    runtime
+        .remove_pod_sandbox(request)
+        .await
+        .context("RemovePodSandbox")?;
+    let left = context.client().pod_ids(None).await?;
+    ensure!(
+        !left.iter().any(|other| other == id),
+        "the removed pod is still listed"
+    );
+    Ok(())
+}
+
+/// Removes what is in a folder of the tests.
+fn empty(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let path = entry?.path();
+        let removed = if path.is_dir() && !path.is_symlink() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.with_context(|| format!("remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn indent(text: &str) -> String {
+    let lines = text
+        .lines()
+        .map(|line| line.chars().take(LINE).collect::<String>());
+    let lines: Vec<_> = lines.map(|line| format!("    {line}")).collect();
+    lines.join("\n")
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The client's side of CRI's streaming server: the WebSocket protocol
+//! `v4.channel.k8s.io` (k8s.io/kubelet `pkg/cri/streaming/remotecommand`). Each
+//! message begins with the number of its channel.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures::{SinkExt as _, StreamExt as _};
+use podhull_testkit::cri::Container;
+use podhull_testkit::cri::api::{AttachRequest, ExecRequest};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+
+use crate::context::Context;
+
+const PROTOCOL: &str = "v4.channel.k8s.io";
+/// Nothing that is waited for takes longer.
+const WITHIN: Duration = Duration::from_secs(60);
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
+const ERROR: u8 = 3;
+const RESIZE: u8 = 4;
+
+/// An open exec or attach connection.
+#[derive(Debug)]
+pub(crate) struct Session {
+    socket: WebSocketStream<TcpStream>,
+    /// What came so far.
+    pub(crate) stdout: Vec<u8>,
+    /// What came so far.
+    pub(crate) stderr: Vec<u8>,
+}
+
+impl Session {
+    /// Opens an exec with standard input.
+    pub(crate) async fn exec(
+        t: &Context,
+        container: &Container,
+        command: &[&str],
+        tty: bool,
+    ) -> Result<Self> {
+        let request = ExecRequest {
+            container_id: container.id().into(),
+            cmd: command.iter().map(|&word| word.into()).collect(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+        };
+        let response = t.client().runtime().exec(request).await.context("Exec")?;
+        Self::connect(&response.into_inner().url).await
+    }
+
+    /// Attaches to the init process, with standard input.
+    pub(crate) async fn attach(t: &Context, container: &Container, tty: bool) -> Result<Self> {
+        let request = AttachRequest {
+            container_id: container.id().into(),
+            stdin: true,
+            tty,
+            stdout: true,
+            stderr: !tty,
+        };
+        let response = t
+            .client()
+            .runtime()
+            .attach(request)
+            .await
+            .context("Attach")?;
+        Self::connect(&response.into_inner().url).await
+    }
+
+    async fn connect(url: &str) -> Result<Self> {
+        let authority = url
+            .strip_prefix("http://")
+            .and_then(|rest| rest.split('/').next());
+        let authority = authority.with_context(|| format!("no host in {url}"))?;
+        let stream = TcpStream::connect(authority)
+            .await
+            .with_context(|| format!("connect to {url}"))?;
+        let mut request = url.replacen("http", "ws", 1).into_client_request()?;
+        let headers = request.headers_mut();
+        headers.insert("Sec-WebSocket-Protocol", PROTOCOL.parse()?);
+        let handshake = tokio_tungstenite::client_async(request, stream);
+        let (socket, _) = tokio::time::timeout(WITHIN, handshake)
+            .await
+            .context("handshake")??;
+        Ok(Self {
+            socket,
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+        })
+    }
+
+    async fn message(&mut self, channel: u8, bytes: &[u8]) -> Result<()> {
+        let mut message = vec![channel];
+        message.extend_from_slice(bytes);
+        let sent = self.socket.send(Message::Binary(message.into()));
+        tokio::time::timeout(WITHIN, sent)
+            .await
+            .context("a send hangs")??;
+        Ok(())
+    }
+
+    /// Writes to standard input.
+    pub(crate) async fn send(&mut self, text: &str) -> Result<()> {
+        self.message(STDIN, text.as_bytes()).await
+    }
+
+    /// Tells the size of the terminal.
+    pub(crate) async fn resize(&mut self, columns: u16, rows: u16) -> Result<()> {
+        let size = json!({"Width": columns, "Height": rows});
+        self.message(RESIZE, size.to_string().as_bytes()).await
+    }
+
+    /// The next message, taken in; `None` at the end. The status comes last.
+    async fn next(&mut self) -> Result<Option<Vec<u8>>> {
+        let next = tokio::time::timeout(WITHIN, self.socket.next()).await;
+        let message = match next.context("nothing came")? {
+            None | Some(Ok(Message::Close(_))) => return Ok(None),
+            Some(Ok(message)) => message.into_data(),
+            Some(Err(error)) => return Err(error).context("read from the stream"),
+        };
+        match message.split_first() {
+            Some((&STDOUT, bytes)) => self.stdout.extend_from_slice(bytes),
+            Some((&STDERR, bytes)) => self.stderr.extend_from_slice(bytes),
+            Some((&ERROR, status)) if !status.is_empty() => return Ok(Some(status.to_vec())),
+            _ => {}
+        }
+        Ok(Some(Vec::new()))
+    }
+
+    /// Leaves, as a client does whose user ends it.
+    pub(crate) async fn close(mut self) -> Result<()> {
+        tokio::time::timeout(WITHIN, self.socket.close(None))
+            .await
+            .context("the close hangs")??;
+        Ok(())
+    }
+
+    /// Reads until standard output has `text`.
+    pub(crate) async fn wrote(&mut self, text: &str) -> Result<()> {
+        while !String::from_utf8_lossy(&self.stdout).contains(text) {
+            let ended = match self.next().await? {
+                None => true,
+                Some(status) => !status.is_empty(),
+            };
+            ensure!(
+                !ended,
+                "ended without {text:?}, with {:?} {:?}",
+                String::from_utf8_lossy(&self.stdout),
+                String::from_utf8_lossy(&self.stderr)
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads to the end and gives the exit code.
+    pub(crate) async fn exit_code(&mut self) -> Result<i64> {
+        let mut last = None;
+        while let Some(status) = self.next().await? {
+            if !status.is_empty() {
+                last = Some(status);
+            }
+        }
+        let status: Value = serde_json::from_slice(&last.context("no status came")?)?;
+        if status["status"] == "Success" {
+            return Ok(0);
+        }
+        let causes = status["details"]["causes"].as_array();
+        let code =
+            causes.and_then(|causes| causes.iter().find(|cause| cause["reason"] == "ExitCode"));
+        match code.and_then(|cause| cause["message"].as_str()) {
+            Some(code) => Ok(code.parse()?),
+            None => bail!("{status}"),
+        }
+    }
+}
