@@ -12,7 +12,7 @@ while read -r lines file; do
 done < <(git ls-files '*.rs' | xargs -r wc -l)
 
 while read -r file; do
-  head -3 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' || fail "$file has no SPDX line"
+  head -6 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' || fail "$file has no SPDX line"
 done < <(git ls-files '*.rs' '*.sh' '*.proto')
 
 while read -r file; do

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The containers of the pod and their processes.
 
+mod complete;
+mod exec;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,9 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::unistd::Pid;
-use oci_spec::runtime::{
-    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec,
-};
+use oci_spec::runtime::{LinuxResources, Spec};
 use podhull_api::agent::{self, PidNamespace, event};
 use podhull_types::{ContainerId, Deadline, ProcessRef};
 use tokio::io::AsyncWriteExt;
@@ -22,7 +23,7 @@ use crate::error::GuestError;
 use crate::events::Events;
 use crate::helper::{Helper, Streams};
 use crate::init::RUN;
-use crate::oci::{create, exec};
+use crate::oci::create;
 use crate::process::{Process, Waiting};
 use crate::reaper::Reaper;
 use crate::stdio::Ends;
@@ -126,7 +127,7 @@ impl Containers {
                 reason: error.to_string(),
             })?;
         let shared = self.pid_path(pid_namespace, pid_target).await?;
-        complete(&mut spec, &id, rootfs, shared)?;
+        complete::complete(&mut spec, &id, rootfs, shared)?;
         let process = Arc::new(Process::new(init.clone(), stdio, None));
         {
             let mut table = self.lock();
@@ -240,35 +241,6 @@ impl Containers {
         }));
     }
 
-    /// Prepares an added process; it is made at its start.
-    ///
-    /// # Errors
-    /// If its container does not run or its id is taken.
-    pub fn create_exec(
-        &self,
-        id: &ProcessRef,
-        process_json: &[u8],
-        stdio: agent::Stdio,
-    ) -> Result<(), GuestError> {
-        let spec: ProcessSpec =
-            serde_json::from_slice(process_json).map_err(|error| GuestError::Invalid {
-                field: "process",
-                reason: error.to_string(),
-            })?;
-        self.init_pid(&id.container)?;
-        let waiting = Some(Waiting::Exec(Box::new(spec)));
-        let process = Arc::new(Process::new(id.clone(), stdio, waiting));
-        let mut table = self.lock();
-        let Some(container) = table.get_mut(&id.container) else {
-            return Err(GuestError::NoProcess(id.clone()));
-        };
-        if container.processes.contains_key(id) {
-            return Err(GuestError::Exists(id.clone()));
-        }
-        container.processes.insert(id.clone(), process);
-        Ok(())
-    }
-
     /// Starts a created process, and waits until its program runs.
     ///
     /// # Errors
@@ -299,47 +271,6 @@ impl Containers {
         process
             .pid()
             .ok_or_else(|| GuestError::NoProcess(id.clone()))
-    }
-
-    async fn start_exec(
-        &self,
-        process: &Arc<Process>,
-        spec: ProcessSpec,
-    ) -> Result<(), GuestError> {
-        let id = &process.id;
-        let init = self.init_pid(&id.container)?;
-        let seccomp = {
-            let table = self.lock();
-            let container = table.get(&id.container);
-            let linux = container.and_then(|container| container.spec.linux().as_ref());
-            linux.and_then(|linux| linux.seccomp().clone())
-        };
-        let (streams, console) = streams(process)?;
-        let task = exec::Task {
-            init: init.as_raw(),
-            cgroup: Cgroup::of(&id.container).path().to_owned(),
-            process: spec,
-            seccomp,
-            console: console.as_ref().map(|console| console.path().to_owned()),
-        };
-        let by = deadline();
-        let mut helper = Helper::start(&self.reaper, "exec", &task, streams)?;
-        let failed = |error| match error {
-            GuestError::Start(words) => GuestError::Start(format!(
-                "OCI runtime exec failed: exec failed: unable to start container process: {words}"
-            )),
-            other => other,
-        };
-        let pid = helper.pid(by).await.map_err(failed)?;
-        let exit = self.reaper.claim(pid, helper.since());
-        if let Some(console) = console {
-            let (ends, terminal) = Ends::terminal(console.receive(by).await?)?;
-            process.set_terminal(ends, terminal);
-        }
-        helper.executed(by).await.map_err(failed)?;
-        process.set_pid(pid);
-        self.watch(process, exit);
-        Ok(())
     }
 
     /// Signals a process, or all of its container.
@@ -532,41 +463,4 @@ fn streams(process: &Process) -> Result<(Streams, Option<ConsoleSocket>), GuestE
     let (ends, streams) = Ends::pipes(&process.stdio)?;
     process.set_ends(ends);
     Ok((streams, None))
-}
-
-/// Adds to a spec what only the guest knows.
-fn complete(
-    spec: &mut Spec,
-    id: &ContainerId,
-    rootfs: &str,
-    pid_path: Option<PathBuf>,
-) -> Result<(), GuestError> {
-    let mut root = spec.root().clone().unwrap_or_default();
-    root.set_path(rootfs.into());
-    spec.set_root(Some(root));
-    let invalid = |reason: String| GuestError::Invalid {
-        field: "linux.namespaces",
-        reason,
-    };
-    let mut pid = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
-    if let Some(path) = pid_path {
-        pid = pid.path(path);
-    }
-    // A host with cgroups v1 asks for no cgroup namespace, but ours are v2: a
-    // container sees its own limits at /sys/fs/cgroup, and nobody else's.
-    let cgroup = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Cgroup);
-    let own = [pid.build(), cgroup.build()];
-    let linux = spec
-        .linux_mut()
-        .as_mut()
-        .ok_or_else(|| invalid("no linux section".into()))?;
-    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    for namespace in own {
-        let namespace = namespace.map_err(|error| invalid(error.to_string()))?;
-        namespaces.retain(|other| other.typ() != namespace.typ());
-        namespaces.push(namespace);
-    }
-    linux.set_namespaces(Some(namespaces));
-    linux.set_cgroups_path(Some(Cgroup::oci_path(id).into()));
-    Ok(())
 }

@@ -4,16 +4,17 @@
 //!
 //! Each stream has credit of its own, so one that nobody reads never holds up
 //! another. The ends of streams are frames because half-close does not survive
-//! most vsock backends. [`frame`] is the wire format, [`engine`] the two tasks
-//! that own the transport, [`stream`] what users read and write, [`open`] how a
-//! session begins.
+//! most vsock backends. [`frame`] is the wire format, [`engine`] the two tasks,
+//! [`handle`] who owns them and the transport, [`stream`] what users read and
+//! write, [`open`] how a session begins.
 
 pub(crate) mod engine;
 pub(crate) mod frame;
+mod handle;
 mod open;
 mod stream;
 
-pub use engine::SessionHandle;
+pub use handle::SessionHandle;
 pub use open::{IncomingSession, SessionTarget, open_session, receive_session};
 pub use stream::{StreamReader, StreamWriter};
 

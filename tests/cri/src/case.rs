@@ -66,6 +66,9 @@ impl On {
     /// What does not depend on how containerd asks: runc, and podhull once
     /// for either way to make a sandbox.
     pub(crate) const ALL_TWICE: Self = Self(1 | 2 | 4 | 16);
+    /// The same without what the runc shim of 1.6 loses now and then: the end of
+    /// a container's output, and the notice of an OOM kill.
+    pub(crate) const TWICE_BUT_RUNC_16: Self = Self(2 | 4 | 16);
     /// The same without runc.
     pub(crate) const PODHULL_TWICE: Self = Self(4 | 16);
     /// What depends neither on containerd nor on the handler.

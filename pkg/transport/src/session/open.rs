@@ -9,8 +9,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use podhull_types::{ContainerId, Deadline, ExecId, ProcessRef, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::engine::{SessionHandle, Shared, Side};
+use super::engine::{Shared, Side};
 use super::frame::{Frame, Stream, VERSION};
+use super::handle::SessionHandle;
 use super::stream::{StreamReader, StreamWriter};
 use super::{GuestSession, HostSession};
 use crate::error::{ProtocolError, SessionError, TransportError};

@@ -11,7 +11,7 @@ use crate::case::{cases, same};
 use crate::context::Context;
 
 cases! {
-    ALL:
+    TWICE_BUT_RUNC_16:
         cgroup_out_of_memory_is_reported;
     ALL_TWICE:
         cgroup_limits_are_those_of_the_container,
