@@ -8,7 +8,7 @@
 //! This crate must not know ttrpc, containerd's messages, or which VMM it runs.
 //!
 //! Reading order: [`spec`], [`sandbox`], `boot`, `container`, `exec`, `stdio`,
-//! `watch`, [`teardown`], [`cleanup`].
+//! `watch`, [`teardown`], [`mod@cleanup`].
 
 mod boot;
 pub mod cleanup;

@@ -4,9 +4,9 @@
 //!
 //! Each stream has credit of its own, so one that nobody reads never holds up
 //! another. The ends of streams are frames because half-close does not survive
-//! most vsock backends. [`frame`] is the wire format, [`engine`] the two tasks,
-//! [`handle`] who owns them and the transport, [`stream`] what users read and
-//! write, [`open`] how a session begins.
+//! most vsock backends. `frame` is the wire format, `engine` the two tasks,
+//! `handle` who owns them and the transport, `stream` what users read and
+//! write, `open` how a session begins.
 
 pub(crate) mod engine;
 pub(crate) mod frame;
