@@ -51,6 +51,10 @@ test-unit: packages ## unit and crate tests
 test-cri: packages tools guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
 	@cargo run --quiet --release -p podhull-cri-tests -- --containerd $(or $(CONTAINERD),all) $(FILTER)
 
+.PHONY: test-all
+test-all: ## long checks, resumable: PART=mutations, reproducible, kvm
+	@tests/run-part.sh $(or $(PART),all)
+
 .PHONY: bench-quick
 bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table
 	@cargo run --quiet --release -p podhull-bench -- quick
@@ -70,9 +74,10 @@ kernel: packages
 	@deploy/guest/build-kernel.sh $(GUEST)/vmlinux
 
 .PHONY: initramfs
-initramfs: packages
+initramfs: packages $(if $(filter debian,$(GUEST_KERNEL)),kernel)
 	@deploy/guest/build-agent.sh
-	@deploy/guest/build-initramfs.sh $(AGENT) $(GUEST)/initramfs.cpio $(GUEST)/vmlinux.modules
+	@deploy/guest/build-initramfs.sh $(AGENT) $(GUEST)/initramfs.cpio \
+	  $(if $(filter debian,$(GUEST_KERNEL)),$(GUEST)/vmlinux.modules)
 
 .PHONY: clean
 clean: ## removes target/ (the cache stays; its place: make cache)

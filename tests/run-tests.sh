@@ -38,10 +38,12 @@ join() {
 stage packages make -s packages
 background kernel make -s kernel
 background tools make -s tools
+background cargo-deny tests/setup/rust-tools.sh
 stage build-shim make -s shim
 stage build-guest make -s initramfs
 join kernel
 join tools
+join cargo-deny
 stage lint make -s lint
 stage unit make -s test-unit
 stage cri make -s test-cri CONTAINERD=all

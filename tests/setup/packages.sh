@@ -45,6 +45,13 @@ done
 say "installing ${#missing[@]} packages with apt-get"
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-# A package's service must not start here: this machine may run its own.
+# A package's service must not start here: this machine may run its own. Debian's
+# maintainer scripts ask this program (invoke-rc.d(8)).
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 0755 "$policy"
+  trap 'rm -f "$policy"' EXIT
+fi
 apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$CACHE/apt.log" 2>&1 \
   || { tail -20 "$CACHE/apt.log" >&2; die "apt-get install failed; whole log: $CACHE/apt.log"; }

@@ -111,7 +111,7 @@ impl Default for Config {
             default_vcpus: 1,
             max_vcpus: 32,
             boot_timeout_seconds: 10,
-            call_timeout_seconds: 10,
+            call_timeout_seconds: 30,
             stop_timeout_seconds: 20,
             heartbeat_seconds: 5,
             dead_after_seconds: 60,
@@ -208,6 +208,12 @@ impl Config {
             check(value.is_absolute(), key, shown, "expected an absolute path")?;
         }
         // A socket's path must fit 108 bytes: <run_dir>/<16>/vm/vsock_4294967295.
+        check(
+            self.first_vm_uid == 0 || (65_536..=0x8000_0000).contains(&self.first_vm_uid),
+            "first_vm_uid",
+            self.first_vm_uid.to_string(),
+            "expected 0, or 65536 to 2147483648",
+        )?;
         let run_dir = self.run_dir.as_os_str().len();
         check(
             run_dir <= 60,

@@ -129,6 +129,19 @@ async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> 
     Ok(())
 }
 
+/// Runs `work` to its end, also if the host no longer waits for it: a process
+/// that is half made would have no owner.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, GuestError>> + Send + 'static,
+) -> Result<T, GuestError> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        Err(GuestError::System {
+            what: "serve the request",
+            source: std::io::Error::other(error),
+        })
+    })
+}
+
 type EventStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -149,17 +162,21 @@ impl Agent for Service {
     ) -> Result<Response<agent::CreateContainerResponse>, Status> {
         let request = request.into_inner();
         let pid_namespace = request.pid_namespace();
-        let pid = self
-            .containers
-            .create(
-                container(&request.container_id)?,
-                &request.spec_json,
-                &request.rootfs,
-                request.stdio.unwrap_or_default(),
-                pid_namespace,
-                &request.pid_target,
-            )
-            .await?;
+        let (containers, id) = (self.containers.clone(), container(&request.container_id)?);
+        let pid = to_the_end(async move {
+            let stdio = request.stdio.unwrap_or_default();
+            containers
+                .create(
+                    id,
+                    &request.spec_json,
+                    &request.rootfs,
+                    stdio,
+                    pid_namespace,
+                    &request.pid_target,
+                )
+                .await
+        })
+        .await?;
         let pid = pid.as_raw().unsigned_abs();
         Ok(Response::new(agent::CreateContainerResponse { pid }))
     }
@@ -182,7 +199,8 @@ impl Agent for Service {
     ) -> Result<Response<agent::StartResponse>, Status> {
         let request = request.into_inner();
         let id = process(&request.container_id, &request.exec_id)?;
-        let pid = self.containers.start(&id).await?;
+        let containers = self.containers.clone();
+        let pid = to_the_end(async move { containers.start(&id).await }).await?;
         Ok(Response::new(agent::StartResponse {
             pid: pid.as_raw().unsigned_abs(),
         }))
@@ -214,7 +232,8 @@ impl Agent for Service {
     ) -> Result<Response<agent::DeleteResponse>, Status> {
         let request = request.into_inner();
         let id = process(&request.container_id, &request.exec_id)?;
-        let code = self.containers.delete(&id).await?;
+        let containers = self.containers.clone();
+        let code = to_the_end(async move { containers.delete(&id).await }).await?;
         let exit = code.map(|code| agent::Exit {
             code: code.into(),
             at_ns: now_ns(),

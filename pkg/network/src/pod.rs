@@ -54,14 +54,20 @@ impl PodNetwork {
                 NetworkError::step("find the tap")(io::Error::from(io::ErrorKind::NotFound))
             })?;
             wire::bring_up(&handle, tap_index, interface.mtu).await?;
-            if let Err(error) = wire::tie(&handle, found.index, tap_index).await {
-                wire::untie(&handle, found.index).await?;
-                return Err(error);
-            }
-            let guest = GuestNetwork {
-                routes: read::routes(&handle, found.index, &interface.name).await?,
-                neighbours: read::neighbours(&handle, found.index, &interface.name).await?,
-                interfaces: vec![interface.clone()],
+            let guest = async {
+                wire::tie(&handle, found.index, tap_index).await?;
+                Ok(GuestNetwork {
+                    routes: read::routes(&handle, found.index, &interface.name).await?,
+                    neighbours: read::neighbours(&handle, found.index, &interface.name).await?,
+                    interfaces: vec![interface.clone()],
+                })
+            };
+            let guest = match guest.await {
+                Ok(guest) => guest,
+                Err(error) => {
+                    wire::untie(&handle, found.index).await?;
+                    return Err(error);
+                }
             };
             Ok(Self {
                 netns: path,

@@ -131,7 +131,7 @@ async fn bring_up(
         vcpus,
         network,
         share,
-        acceleration: policy,
+        acceleration,
         cgroup: spec
             .cgroups_path
             .as_deref()
@@ -162,6 +162,11 @@ async fn bring_up(
         connected = ready_or_dead(parts, spec, &token, by) => connected?,
         () = give_up.cancelled() => return Err(SandboxError::Stopping(spec.id.clone())),
     };
+    // Nobody else is to connect.
+    if let Some(listener) = parts.ready.take() {
+        let report = listener.close(by).await;
+        tracing::debug!(%report, "the guest has connected");
+    }
     let ready = spec.started.elapsed();
     let agent_started = ready.saturating_sub(connected.times.agent_to_ready);
     times.note(BootPhase::AgentReady, ready);

@@ -17,6 +17,8 @@ use crate::sandbox::Sandbox;
 use crate::spec::{ContainerSpec, Status};
 use crate::translate::{GuestSpec, translate};
 
+/// What is kept of a delete's time for what comes after the last output.
+const AFTER_DRAIN: Duration = Duration::from_secs(3);
 /// Time for unmounting a container's tree.
 const UNMOUNT: Duration = Duration::from_secs(5);
 
@@ -32,12 +34,12 @@ impl Sandbox {
     ) -> Result<u32, SandboxError> {
         self.check_usable()?;
         let id = ProcessRef::init(spec.id.clone());
-        let process = self.enter(&id, self.pids.next(), spec.stdio.clone(), false)?;
         let tree = self.tree().await?;
+        let process = self.enter(&id, self.pids.next(), spec.stdio.clone(), false)?;
         match self.make(&process, &spec, &tree).await {
             Ok(()) => Ok(process.pid),
             Err(error) => {
-                self.table().remove(&id);
+                self.give_up(&process);
                 remove_tree(tree, &spec.id, Deadline::after(UNMOUNT)).await;
                 Err(error)
             }
@@ -80,17 +82,22 @@ impl Sandbox {
             pid_namespace: pid_namespace.into(),
             pid_target,
         };
-        self.ask(
-            "CreateContainer",
-            self.call_deadline(),
-            async |mut client| client.create_container(request).await,
-        )
-        .await?;
-        let connected = self.connect_stdio(process).await;
-        if connected.is_err() {
+        let created = self
+            .ask(
+                "CreateContainer",
+                self.call_deadline(),
+                async |mut client| client.create_container(request).await,
+            )
+            .await;
+        let made = match created {
+            Ok(_) => self.connect_stdio(process).await,
+            Err(error) => Err(error),
+        };
+        // Also after a deadline: the guest may have made it all the same.
+        if made.is_err() && !self.is_gone() {
             self.forget_in_guest(&process.id).await;
         }
-        connected
+        made
     }
 
     /// The PIDs that a container's spec may name in `/proc/<PID>/ns/pid`.
@@ -199,14 +206,16 @@ pub(crate) async fn release(
     by: Deadline,
 ) -> Result<(), SandboxError> {
     let never_ran = process.state().status == Status::Created;
-    let gone = sandbox.check_usable().is_err();
+    let gone = sandbox.is_gone();
     // The guest ends the streams of a process that never ran when it forgets
     // it; those of one that ran end by themselves, or with its last child.
     if !gone && never_ran {
         ask_delete(sandbox, process, by).await?;
     }
     if let Some(io) = process.take_io() {
-        let report = io.finish(by).await;
+        // The guest's own work comes after it and needs its time.
+        let drained = by.remaining().saturating_sub(AFTER_DRAIN);
+        let report = io.finish(Deadline::after(drained)).await;
         if !report.complete && !never_ran {
             tracing::warn!(process = %process.id, closed = %report.closed, "output dropped at delete");
         }
@@ -243,7 +252,7 @@ async fn ask_delete(
     {
         Ok(_) => Ok(()),
         // A VM that ended meanwhile holds nothing any more.
-        Err(_) if sandbox.check_usable().is_err() => Ok(()),
+        Err(_) if sandbox.is_gone() => Ok(()),
         Err(error) => Err(error),
     }
 }

@@ -58,7 +58,7 @@ impl Sandbox {
         let process = self.enter(&id, self.pids.next(), stdio, false)?;
         let prepared = self.prepare_exec(&process, &spec).await;
         if prepared.is_err() {
-            self.table().remove(&id);
+            self.give_up(&process);
         }
         prepared
     }

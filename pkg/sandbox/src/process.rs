@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The states of a process as containerd sees it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use podhull_types::{ExitStatus, ProcessRef};
 use tokio::sync::watch;
@@ -9,6 +11,9 @@ use tokio::sync::watch;
 use crate::error::SandboxError;
 use crate::spec::{EventSink, ProcessState, SandboxEvent, Status, Stdio};
 use crate::stdio::ProcessIo;
+
+/// Least time between two reports of an OOM kill in one container.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy)]
 struct Life {
@@ -30,6 +35,10 @@ pub(crate) struct Process {
     life: watch::Sender<Life>,
     io: Mutex<Option<ProcessIo>>,
     events: EventSink,
+    /// When an OOM kill was told last.
+    oom_told: Mutex<Option<Instant>>,
+    /// Somebody deletes it.
+    claimed: AtomicBool,
 }
 
 fn name(status: Status) -> &'static str {
@@ -64,6 +73,8 @@ impl Process {
             life,
             io: Mutex::new(None),
             events,
+            oom_told: Mutex::new(None),
+            claimed: AtomicBool::new(false),
         }
     }
 
@@ -106,6 +117,26 @@ impl Process {
             life.announced = true;
             self.report_exit(life);
         });
+    }
+
+    /// Whether an OOM kill may be told now.
+    pub(crate) fn may_tell_oom(&self) -> bool {
+        let mut told = self.oom_told.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = told.is_none_or(|told| told.elapsed() >= OOM_PAUSE);
+        if may {
+            *told = Some(Instant::now());
+        }
+        may
+    }
+
+    /// True for the first who asks: the one who deletes it.
+    pub(crate) fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Gives a claim back: the delete failed and may be tried again.
+    pub(crate) fn unclaim(&self) {
+        self.claimed.store(false, Ordering::Release);
     }
 
     pub(crate) fn set_paused(&self, paused: bool) {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use podhull_agent_client::AgentChannel;
+use podhull_agent_client::{AgentChannel, AgentError};
 use podhull_api::agent;
 use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
 use podhull_types::{
@@ -57,6 +57,8 @@ pub struct Sandbox {
     pub(crate) events: EventSink,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop_watching: CancellationToken,
+    /// Cancelled when calls to the agent must not hold the teardown up any more.
+    pub(crate) cut_calls: CancellationToken,
     times: Mutex<BootTimes>,
 }
 
@@ -104,6 +106,7 @@ impl Sandbox {
             events,
             tasks: TaskTracker::new(),
             stop_watching: CancellationToken::new(),
+            cut_calls: CancellationToken::new(),
             times: Mutex::new(booted.times),
         });
         crate::watch::start(&sandbox).await;
@@ -193,6 +196,12 @@ impl Sandbox {
         Ok(process)
     }
 
+    /// Forgets a process that was not made; whoever waits for it is answered.
+    pub(crate) fn give_up(&self, process: &Process) {
+        self.table().remove(&process.id);
+        process.exited(ExitStatus::vm_gone());
+    }
+
     /// Fails if the sandbox takes no new work.
     pub(crate) fn check_usable(&self) -> Result<(), SandboxError> {
         if let Some(reason) = self.death.get() {
@@ -206,6 +215,12 @@ impl Sandbox {
             return Err(SandboxError::Suspect(self.spec.id.clone()));
         }
         Ok(())
+    }
+
+    /// Whether the guest is no more, or will not be asked for anything again. One
+    /// that only misses its heartbeat is still there.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.death.get().is_some() || !matches!(*self.phase.borrow(), Phase::Running)
     }
 
     /// Deadline of one call to the agent.
@@ -227,9 +242,13 @@ impl Sandbox {
         let began = Instant::now();
         let result = {
             let channel = self.channel.read().await;
-            match channel.as_ref() {
-                Some(channel) => channel.call(method, by, call).await,
-                None => return Err(SandboxError::Stopping(self.spec.id.clone())),
+            let Some(channel) = channel.as_ref() else {
+                return Err(SandboxError::Stopping(self.spec.id.clone()));
+            };
+            // A teardown does not wait for calls that are under way: it cuts them.
+            tokio::select! {
+                result = channel.call(method, by, call) => result,
+                () = self.cut_calls.cancelled() => Err(AgentError::Closing),
             }
         };
         let label = if result.is_ok() { "ok" } else { "error" };
@@ -368,8 +387,14 @@ impl Sandbox {
     ) -> Result<Deleted, SandboxError> {
         let process = self.process(id)?;
         process.expect(&[Status::Created, Status::Stopped], "created or stopped")?;
-        if !process.pause {
-            crate::container::release(self, &process, by).await?;
+        if !process.claim() {
+            return Err(SandboxError::NoProcess(id.clone()));
+        }
+        if !process.pause
+            && let Err(error) = crate::container::release(self, &process, by).await
+        {
+            process.unclaim();
+            return Err(error);
         }
         self.table().remove(id);
         let exit = process.state().exit.unwrap_or_else(ExitStatus::vm_gone);

@@ -155,22 +155,17 @@ async fn relay(
     let stdin = tokio::spawn(copy_input(fifos.stdin, input));
     let outputs = async {
         tokio::join!(
-            copy_output(output, fifos.stdout, "stdout", &metrics),
-            copy_output(error, fifos.stderr, "stderr", &metrics)
+            copy_output(output, fifos.stdout, "stdout", &metrics, &give_up),
+            copy_output(error, fifos.stderr, "stderr", &metrics, &give_up)
         )
     };
-    let complete = match give_up.run_until_cancelled(outputs).await {
-        Some((Ok(()), Ok(()))) => true,
-        Some((stdout, stderr)) => {
-            for (stream, result) in [("stdout", stdout), ("stderr", stderr)] {
-                if let Err(error) = result {
-                    tracing::warn!(stream, %error, "output cut");
-                }
-            }
-            false
+    let (stdout, stderr) = outputs.await;
+    let complete = stdout.is_ok() && stderr.is_ok();
+    for (stream, result) in [("stdout", stdout), ("stderr", stderr)] {
+        if let Err(error) = result {
+            tracing::warn!(stream, %error, "output cut");
         }
-        None => false,
-    };
+    }
     stdin.abort();
     open.dec();
     let closed = handle.close(Deadline::after(CLOSE)).await;
@@ -203,29 +198,40 @@ async fn copy_input(fifo: Option<pipe::Receiver>, mut input: StreamWriter) {
 }
 
 /// Copies one output stream; without a FIFO its bytes are read and forgotten.
+/// What a FIFO does not take before `give_up` is dropped and counted.
 async fn copy_output(
     mut from: StreamReader,
     mut fifo: Option<pipe::Sender>,
     stream: &'static str,
     metrics: &Metrics,
+    give_up: &CancellationToken,
 ) -> io::Result<()> {
     let bytes = metrics.session_bytes.with_label_values(&["stdio", stream]);
     let mut buffer = vec![0; BUFFER];
     loop {
-        let count = from.read(&mut buffer).await?;
+        let read = give_up.run_until_cancelled(from.read(&mut buffer)).await;
+        let count = read.unwrap_or_else(|| Err(given_up()))?;
         if count == 0 {
             return Ok(());
         }
         if let Some(fifo) = fifo.as_mut() {
-            let written = fifo.write_all(&buffer[..count]).await;
-            if written.is_err() {
-                metrics
-                    .dropped_bytes
-                    .with_label_values(&[stream])
-                    .inc_by(count as u64);
+            let mut rest = &buffer[..count];
+            while !rest.is_empty() {
+                let written = give_up.run_until_cancelled(fifo.write(rest)).await;
+                match written.unwrap_or_else(|| Err(given_up())) {
+                    Ok(written) => rest = &rest[written..],
+                    Err(error) => {
+                        let dropped = metrics.dropped_bytes.with_label_values(&[stream]);
+                        dropped.inc_by(rest.len() as u64);
+                        return Err(error);
+                    }
+                }
             }
-            written?;
         }
         bytes.inc_by(count as u64);
     }
+}
+
+fn given_up() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "its reader was given up")
 }

@@ -17,6 +17,7 @@ use podhull_telemetry::Metrics;
 use podhull_transport::{CloseReport, Outcome, VsockListener};
 use podhull_types::{Deadline, ExitStatus};
 use podhull_vmm::Vm;
+use tokio::task::JoinSet;
 
 use crate::rundir::RunDir;
 use crate::sandbox::{Phase, Sandbox};
@@ -85,6 +86,7 @@ pub(crate) async fn stop(sandbox: &Arc<Sandbox>, by: Deadline) -> CloseReport {
         );
     }
     sandbox.stop_watching.cancel();
+    sandbox.cut_calls.cancel();
     let channel = sandbox.channel.write().await.take();
     report.extend(tear_down(parts, channel, by).await);
     for process in sandbox.all_processes() {
@@ -137,13 +139,16 @@ async fn end_processes(sandbox: &Arc<Sandbox>, by: Deadline) -> Outcome {
 
 /// Delivers what the processes wrote, then ends their sessions.
 async fn end_sessions(sandbox: &Sandbox, by: Deadline) -> Outcome {
-    let mut cut = 0;
-    for process in sandbox.all_processes() {
-        if let Some(io) = process.take_io() {
-            let report = io.finish(by).await;
-            cut += usize::from(!report.complete);
-        }
+    let mut finishing = JoinSet::new();
+    for io in sandbox
+        .all_processes()
+        .iter()
+        .filter_map(|process| process.take_io())
+    {
+        finishing.spawn(io.finish(by));
     }
+    let reports = finishing.join_all().await;
+    let cut = reports.iter().filter(|report| !report.complete).count();
     match cut {
         0 => Outcome::Clean,
         cut => Outcome::Forced(format!("the output of {cut} processes was cut")),

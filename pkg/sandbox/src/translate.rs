@@ -59,6 +59,7 @@ pub(crate) fn translate(
     let mut oci = container.oci.clone();
     refuse_host_devices(&oci)?;
     refuse_user_namespace(&oci)?;
+    refuse_hooks(&oci)?;
     let pid_namespace = pid_namespace(&oci, targets)?;
     strip_host(&mut oci);
     let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
@@ -114,6 +115,26 @@ fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
         return Err(SandboxError::refused("hostUsers", reason));
     }
     Ok(())
+}
+
+/// Hooks are programs of the host for the host's runtime.
+fn refuse_hooks(oci: &Spec) -> Result<(), SandboxError> {
+    let Some(hooks) = oci.hooks() else {
+        return Ok(());
+    };
+    let kinds = [
+        hooks.prestart(),
+        hooks.create_runtime(),
+        hooks.create_container(),
+        hooks.start_container(),
+        hooks.poststart(),
+        hooks.poststop(),
+    ];
+    if kinds.into_iter().flatten().flatten().next().is_none() {
+        return Ok(());
+    }
+    let reason = "OCI hooks run programs of the host, which a guest does not have";
+    Err(SandboxError::refused("hooks", reason))
 }
 
 /// Mounts of the pod's files that containerd leaves out where the shim makes
@@ -266,7 +287,8 @@ fn translate_mount(
             let volume = Volume {
                 source,
                 recursive: !has("bind"),
-                read_only: has("ro"),
+                // containerd sends "rro" without "ro".
+                read_only: has("ro") || has("rro"),
                 recursive_read_only: has("rro"),
                 propagation: match (has("slave"), has("rslave")) {
                     (false, false) => Propagation::Private,

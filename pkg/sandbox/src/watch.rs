@@ -163,7 +163,14 @@ fn handle(sandbox: &Sandbox, kind: event::Kind) {
             }
         }
         event::Kind::Oom(oom) => match ContainerId::new(oom.container_id) {
-            Ok(container) => sandbox.events.send(SandboxEvent::OutOfMemory { container }),
+            Ok(container) => {
+                // Only of this pod, and only as often as somebody can read it: the
+                // guest is not to be trusted.
+                let process = sandbox.process(&ProcessRef::init(container.clone()));
+                if process.is_ok_and(|process| process.may_tell_oom()) {
+                    sandbox.events.send(SandboxEvent::OutOfMemory { container });
+                }
+            }
             Err(error) => tracing::warn!(%error, "OOM of a malformed id"),
         },
     }

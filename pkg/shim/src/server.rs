@@ -48,8 +48,7 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 /// What kept it from serving; `start` has been told.
 pub fn serve(args: &Args, program: PathBuf) -> Result<(), ShimError> {
     let mut says = standard_output().map_err(ShimError::system("take standard output"))?;
-    let prepared = prepare(args, program);
-    match prepared {
+    match prepare(args, program) {
         Ok((runtime, prepared)) => runtime.block_on(run(prepared, says)),
         Err(error) => {
             says.write_all(chain(&error).as_bytes())
@@ -151,9 +150,12 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
         step: "serve",
         source: io::Error::other(error),
     })?;
-    // `start` answers containerd once it reads the end of this.
-    says.write_all(SERVES.as_bytes())
-        .map_err(ShimError::system("tell start"))?;
+    // `start` answers containerd once it reads the end of this. If containerd
+    // has given the start up, nobody will come.
+    if let Err(error) = says.write_all(SERVES.as_bytes()) {
+        tracing::warn!(%error, "nobody waits for the shim any more");
+        shim.end();
+    }
     drop(says);
     tracing::info!(sandbox = %shim.id, "serving");
 

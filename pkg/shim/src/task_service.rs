@@ -340,12 +340,14 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        reply(self.freeze(&request.id, true).await)?;
+        let service = self.clone();
+        reply(detached(async move { service.freeze(&request.id, true).await }).await)?;
         Ok(Empty::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        reply(self.freeze(&request.id, false).await)?;
+        let service = self.clone();
+        reply(detached(async move { service.freeze(&request.id, false).await }).await)?;
         Ok(Empty::default())
     }
 
@@ -356,7 +358,8 @@ impl Task for TaskService {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let id = reply(process(&request.id, &request.exec_id))?;
         let sandbox = reply(self.0.sandbox())?;
-        reply(sandbox.kill(&id, request.signal, request.all).await)?;
+        let killed = async move { Ok(sandbox.kill(&id, request.signal, request.all).await?) };
+        reply(detached(killed).await)?;
         Ok(Empty::default())
     }
 
@@ -373,7 +376,8 @@ impl Task for TaskService {
     ) -> ttrpc::Result<Empty> {
         let id = reply(process(&request.id, &request.exec_id))?;
         let sandbox = reply(self.0.sandbox())?;
-        reply(sandbox.resize(&id, request.width, request.height).await)?;
+        let resized = async move { Ok(sandbox.resize(&id, request.width, request.height).await?) };
+        reply(detached(resized).await)?;
         Ok(Empty::default())
     }
 
@@ -386,7 +390,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        reply(self.change(request).await)?;
+        let service = self.clone();
+        reply(detached(async move { service.change(request).await }).await)?;
         Ok(Empty::default())
     }
 

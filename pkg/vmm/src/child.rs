@@ -35,6 +35,7 @@ pub(crate) struct Child {
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<ExitStatus>>,
     said: Console,
+    lingers: bool,
 }
 
 /// What a child is given besides its task.
@@ -139,7 +140,19 @@ impl Child {
             pidfd,
             exit,
             said,
+            lingers: false,
         })
+    }
+
+    /// The same child, known not to end with the VMM's connection.
+    pub(crate) fn lingering(mut self) -> Self {
+        self.lingers = true;
+        self
+    }
+
+    /// Whether it has to be asked to end once the VMM is gone.
+    pub(crate) fn lingers(&self) -> bool {
+        self.lingers
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -148,6 +161,11 @@ impl Child {
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Waits until everything that it wrote on standard error is there.
+    pub(crate) async fn said_all(&self, by: Deadline) {
+        self.said.ended(by).await;
     }
 
     /// Its last words on standard error.

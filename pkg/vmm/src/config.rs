@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::accel::AccelPolicy;
+use crate::accel::Acceleration;
 use crate::cgroup::CgroupPlacement;
 
 /// Tag under which the guest mounts the shared tree.
@@ -31,7 +31,7 @@ pub struct VmConfig {
     /// The host's folder that the guest mounts as [`SHARE_TAG`].
     pub share: PathBuf,
     /// Whether it may be emulated.
-    pub acceleration: AccelPolicy,
+    pub acceleration: Acceleration,
     /// Where its processes are accounted.
     pub cgroup: CgroupPlacement,
     /// The programs.

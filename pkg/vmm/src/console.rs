@@ -7,8 +7,10 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::OFlag;
+use podhull_types::Deadline;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 /// Lines quoted in an error.
 const TAIL_LINES: usize = 12;
@@ -19,6 +21,8 @@ const TAIL_BYTES: usize = 2048;
 #[derive(Debug, Clone)]
 pub(crate) struct Console {
     ring: Arc<Mutex<VecDeque<u8>>>,
+    /// Closed with the last writer, once everything is in the ring.
+    open: watch::Receiver<()>,
 }
 
 impl Console {
@@ -27,8 +31,10 @@ impl Console {
         let (reading, writing) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
         let mut reading = pipe::Receiver::from_owned_fd(reading)?;
         let ring = Arc::new(Mutex::new(VecDeque::new()));
+        let (opened, open) = watch::channel(());
         let console = Self {
             ring: Arc::clone(&ring),
+            open,
         };
         // Ends with the last writer.
         tokio::spawn(async move {
@@ -39,8 +45,17 @@ impl Console {
                 let excess = ring.len().saturating_sub(capacity);
                 ring.drain(..excess);
             }
+            drop(opened);
         });
         Ok((console, writing))
+    }
+
+    /// Waits for the last writer's end, at most until `by`.
+    pub(crate) async fn ended(&self, by: Deadline) {
+        let mut open = self.open.clone();
+        // An error means that the sender is gone: the end.
+        let ended = by.run(open.changed()).await;
+        tracing::trace!(?ended, "console");
     }
 
     /// The last lines, as text that is safe to print.

@@ -15,7 +15,7 @@ use podhull_transport::{GuestAddress, LeaseSet, VsockListener};
 use podhull_types::Deadline;
 use tokio::sync::watch;
 
-use crate::accel::{Acceleration, probe_acceleration};
+use crate::accel::Acceleration;
 use crate::cgroup::CgroupPlacement;
 use crate::child::{Child, FIRST_FD, Streams};
 use crate::config::VmConfig;
@@ -26,7 +26,7 @@ use crate::helper::virtiofs;
 use crate::image::{self, Kernel};
 use crate::qemu::{self, Machine};
 use crate::vm::{StopReport, Vm, VmDeath};
-use crate::vsock::{self, DaemonConfig, Vsock};
+use crate::vsock::{self, Daemon, Vsock};
 
 /// Most time for connections to the guest to end before the VM is ended anyway.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -61,13 +61,13 @@ pub struct Launched {
 /// # Errors
 /// What is missing or wrong, by the name of its setting.
 pub async fn launch(config: VmConfig, by: Deadline) -> Result<Launched, VmmError> {
-    let acceleration = probe_acceleration(config.acceleration, &config.programs.qemu).await?;
+    image::check_program("qemu", &config.programs.qemu)?;
     let kernel = image::check_kernel(&config.kernel)?;
     image::check_initramfs(&config.initramfs)?;
     image::check_memory(config.memory_mib)?;
     let run_dir = config.run_dir.clone();
     let cgroup = config.cgroup.clone();
-    let started = start(config, kernel, acceleration, by).await;
+    let started = start(config, kernel, by).await;
     if started.is_err() {
         let swept = sweep(&run_dir, Some(&cgroup), Deadline::after(KILLED)).await;
         if let Err(error) = swept {
@@ -77,30 +77,23 @@ pub async fn launch(config: VmConfig, by: Deadline) -> Result<Launched, VmmError
     started
 }
 
-async fn start(
-    config: VmConfig,
-    kernel: Kernel,
-    acceleration: Acceleration,
-    by: Deadline,
-) -> Result<Launched, VmmError> {
+async fn start(config: VmConfig, kernel: Kernel, by: Deadline) -> Result<Launched, VmmError> {
+    let acceleration = config.acceleration;
     let user = config.user.map(|user| user.of(&config.run_dir));
     let folder = config.run_dir.as_path();
     make_folder(folder, user)?;
     let cgroups = config.cgroup.make()?;
     let leases = LeaseSet::new(config.name.clone());
-    let vsock = if vsock::kernel_has_vsock() {
-        vsock::open_kernel_device(leases.clone())?
-    } else {
-        let daemon = DaemonConfig {
-            program: &config.programs.vsock_daemon,
-            helper: &config.programs.helper,
-            folder,
-            root: folder.join("root-vsock"),
-            cgroups: cgroups.clone(),
-            user,
-        };
-        vsock::start_daemon(daemon, leases.clone(), by).await?
-    };
+    let vsock = vsock::device(Daemon {
+        program: &config.programs.vsock_daemon,
+        helper: &config.programs.helper,
+        folder,
+        root: folder.join("root-vsock"),
+        cgroups: cgroups.clone(),
+        user,
+    })
+    .start(leases.clone(), by)
+    .await?;
     let mut children = Children(vsock.daemon.iter().cloned().collect());
     let (file_server, fs_fd) = start_file_server(&config, folder, &cgroups).await?;
     children.0.push(file_server);
@@ -269,6 +262,12 @@ fn supervise(vm: &Arc<RunningVm>) {
                 Ok(_) => &vm.vmm,
                 Err(_) => &child,
             };
+            // What was written last may still be on its way.
+            let settled = Deadline::after(CAUSE);
+            if cause.name() == vm.vmm.name() {
+                vm.console.ended(settled).await;
+            }
+            cause.said_all(settled).await;
             let death = VmDeath {
                 child: cause.name(),
                 status: cause.ended().await,
@@ -333,8 +332,7 @@ impl Vm for RunningVm {
         // QEMU first: a guest that loses its devices would only panic.
         let mut grace = by.at_most(GUEST_ENDS);
         for child in self.children.0.iter().rev() {
-            // The daemon would wait for another VMM.
-            if child.name() == vsock::NAME {
+            if child.lingers() {
                 grace = Deadline::after(Duration::ZERO);
             }
             let asked = Deadline::after(ASKED).max(grace).at_most(by.remaining());

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use podhull_transport::{GuestAddress, LeaseSet, VsockListener};
 use podhull_types::{Cid, Deadline, VsockPort};
 
@@ -20,7 +21,7 @@ use crate::sys;
 const KERNEL_DEVICE: &str = "/dev/vhost-vsock";
 /// The VM's folder as the daemon sees it.
 const FOLDER: &str = "/vm";
-pub(crate) const NAME: &str = "vsock daemon";
+const NAME: &str = "vsock daemon";
 /// Pause between two tries to reach the daemon: nothing tells when it listens.
 const RETRY: Duration = Duration::from_millis(2);
 /// Tries to find a context id that nobody has.
@@ -46,13 +47,35 @@ pub(crate) struct Vsock {
     pub(crate) daemon: Option<Child>,
 }
 
-/// Whether the kernel's own device can be used.
-pub(crate) fn kernel_has_vsock() -> bool {
-    Path::new(KERNEL_DEVICE).exists()
+/// A way to give a guest its vsock device.
+#[async_trait]
+pub(crate) trait VsockDevice: Send + Sync {
+    /// Makes the device, and listens for the guest that will have it.
+    async fn start(&self, leases: LeaseSet, by: Deadline) -> Result<Vsock, VmmError>;
+}
+
+/// The kernel's own device where the host has it, else the daemon.
+pub(crate) fn device<'a>(daemon: Daemon<'a>) -> Box<dyn VsockDevice + 'a> {
+    if Path::new(KERNEL_DEVICE).exists() {
+        Box::new(KernelDevice)
+    } else {
+        Box::new(daemon)
+    }
+}
+
+/// `/dev/vhost-vsock`.
+#[derive(Debug)]
+struct KernelDevice;
+
+#[async_trait]
+impl VsockDevice for KernelDevice {
+    async fn start(&self, leases: LeaseSet, _: Deadline) -> Result<Vsock, VmmError> {
+        open_kernel_device(leases)
+    }
 }
 
 /// Opens the kernel's device with a context id of the VM's own.
-pub(crate) fn open_kernel_device(leases: LeaseSet) -> Result<Vsock, VmmError> {
+fn open_kernel_device(leases: LeaseSet) -> Result<Vsock, VmmError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -86,9 +109,9 @@ fn reserve_cid(device: &File) -> io::Result<u32> {
     Err(io::ErrorKind::AddrInUse.into())
 }
 
-/// What the daemon needs to be started.
+/// The vhost-user daemon, and what it needs to be started.
 #[derive(Debug)]
-pub(crate) struct DaemonConfig<'a> {
+pub(crate) struct Daemon<'a> {
     pub(crate) program: &'a Path,
     pub(crate) helper: &'a Path,
     pub(crate) folder: &'a Path,
@@ -97,9 +120,16 @@ pub(crate) struct DaemonConfig<'a> {
     pub(crate) user: Option<u32>,
 }
 
+#[async_trait]
+impl VsockDevice for Daemon<'_> {
+    async fn start(&self, leases: LeaseSet, by: Deadline) -> Result<Vsock, VmmError> {
+        start_daemon(self, leases, by).await
+    }
+}
+
 /// Starts the daemon and connects QEMU's end to it.
-pub(crate) async fn start_daemon(
-    config: DaemonConfig<'_>,
+async fn start_daemon(
+    config: &Daemon<'_>,
     leases: LeaseSet,
     by: Deadline,
 ) -> Result<Vsock, VmmError> {
@@ -114,8 +144,8 @@ pub(crate) async fn start_daemon(
         .map_err(VmmError::file("give away", &ready_path))?;
     let task = jail::Task {
         parent: std::process::id(),
-        cgroups: config.cgroups,
-        root: config.root,
+        cgroups: config.cgroups.clone(),
+        root: config.root.clone(),
         binds: vec![Bind {
             source: folder.into(),
             target: FOLDER.into(),
@@ -130,7 +160,10 @@ pub(crate) async fn start_daemon(
             format!("guest-cid=3,uds-path={FOLDER}/vsock,socket={FOLDER}/vhost"),
         ],
     };
-    let daemon = Child::start(NAME, config.helper, jail::ROLE, &task, Streams::default()).await?;
+    // It would wait for another VMM.
+    let daemon = Child::start(NAME, config.helper, jail::ROLE, &task, Streams::default())
+        .await?
+        .lingering();
     let connected = connect(&daemon, &folder.join("vhost"), by).await;
     match connected {
         Ok(stream) => Ok(Vsock {

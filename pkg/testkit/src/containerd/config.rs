@@ -2,6 +2,7 @@
 //! The configuration files of a node: containerd's in both dialects, CNI's,
 //! and podhull's.
 
+use std::env;
 use std::path::Path;
 
 use super::Release;
@@ -118,11 +119,13 @@ pub(super) fn cni() -> String {
     .to_string()
 }
 
-/// podhull's file, for guests that may have to be emulated.
+/// podhull's file, for guests that may have to be emulated; where KVM is to be
+/// used, `PODHULL_ALLOW_EMULATION=false` makes sure of it.
 #[must_use]
 pub fn podhull(programs: &Programs) -> String {
+    let allowed = env::var("PODHULL_ALLOW_EMULATION").unwrap_or_else(|_| "true".into());
     format!(
-        "kernel = {:?}\ninitramfs = {:?}\nqemu = {:?}\nvsock_daemon = {:?}\nallow_emulation = true\nlog = \"debug\"\n",
+        "kernel = {:?}\ninitramfs = {:?}\nqemu = {:?}\nvsock_daemon = {:?}\nallow_emulation = {allowed}\nlog = \"debug\"\n",
         programs.kernel, programs.initramfs, programs.qemu, programs.vsock_daemon
     )
 }

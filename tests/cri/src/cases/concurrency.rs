@@ -110,10 +110,16 @@ async fn lifecycle_pod_removed_while_a_container_starts_leaves_nothing(t: &Conte
             pod.remove().await
         };
         // The start may succeed or fail; neither may hang, and the pod goes.
+        let begin = Instant::now();
         let both = async { tokio::join!(start, remove) };
         let (_, removed) = tokio::time::timeout(Duration::from_secs(40), both)
             .await
             .context("start and remove hang")?;
+        let took = begin.elapsed();
+        ensure!(
+            took < Duration::from_secs(7),
+            "begun {milliseconds} ms after the start, the removal took {took:?}"
+        );
         // containerd may refuse to remove what is being made: the kubelet asks again.
         if removed.is_err() {
             pod.stop().await?;

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,6 +19,8 @@ cases! {
         node_missing_files_are_named,
         node_files_of_the_wrong_kind_are_named,
         node_guest_that_panics_is_quoted,
+        node_guest_that_stays_silent_is_quoted,
+        node_without_memory_for_the_vm_says_so,
         node_wrong_settings_are_named_with_their_line;
     PODHULL:
         node_without_kvm_is_refused_unless_emulation_is_allowed;
@@ -99,6 +102,41 @@ async fn node_guest_that_panics_is_quoted(t: &Context) -> Result<()> {
     let garbage = t.new_file("initramfs", "070701 and then nothing of use")?;
     let config = with(t, "initramfs", &format!("{garbage:?}"));
     refused(t, &config, &["panic"]).await?;
+    works_again(t).await
+}
+
+async fn node_guest_that_stays_silent_is_quoted(t: &Context) -> Result<()> {
+    // A PID 1 that says a word and then nothing: the agent never comes up.
+    let source = "#include <unistd.h>\n#include <fcntl.h>\n\
+        int main(void) { int c = open(\"/dev/console\", O_WRONLY);\
+        write(c, \"lost in thought\\n\", 16); for (;;) pause(); }\n";
+    let folder = t.new_folder("silent")?;
+    let program = t.new_file("silent.c", source)?;
+    run(
+        "gcc",
+        &["-static", "-o", &format!("{folder}/init"), &program],
+    )?;
+    fs::create_dir(format!("{folder}/dev"))?;
+    // The kernel makes no device files for an initramfs.
+    run("mknod", &[&format!("{folder}/dev/console"), "c", "5", "1"])?;
+    let archive = t.path("silent.cpio");
+    let pack = format!("cd {folder} && find . | cpio --quiet -o -H newc >{archive}");
+    run("sh", &["-c", &pack])?;
+    let config = with(t, "initramfs", &format!("{archive:?}")) + "boot_timeout_seconds = 2\n";
+    refused(t, &config, &["did not come up", "lost in thought"]).await?;
+    works_again(t).await
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(args).output().context("run")?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{program}: {stderr}");
+    Ok(())
+}
+
+async fn node_without_memory_for_the_vm_says_so(t: &Context) -> Result<()> {
+    let config = with(t, "default_memory_mib", "1000000");
+    refused(t, &config, &["1000000 MiB", "available"]).await?;
     works_again(t).await
 }
 

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# `make test-all PART=kvm`: the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, on a machine that has
+# none of them: the node is a VM whose CPUs QEMU emulates, virtualization included (tests/README.md).
+# Usage: lane.sh [FILTER...]         runs cases of the suite: those of $FILTER, a quick choice by default
+#        lane.sh -- COMMAND...       runs a command of this machine in the node
+# SPDX-License-Identifier: Apache-2.0
+. "$(dirname "$0")/../setup/lib.sh"
+
+FILTER=${FILTER:-lifecycle_stop exec_ network_ confinement_}
+CPUS=2
+MEMORY=4096
+# The node says every 5 s that it lives.
+SILENCE=${LANE_SILENCE:-60}
+LIMIT=${LANE_LIMIT:-3000}
+
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}
+suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
+out=$CACHE/kvm/run
+node=
+
+# What runs in the node. It fails rather than emulate, or use a daemon for what the kernel is to do.
+write_job() {
+  local name
+  {
+    printf '#!/bin/bash\n'
+    for name in CARGO_TARGET_DIR PODHULL_CACHE PODHULL_SHIM PODHULL_KERNEL PODHULL_INITRAMFS PODHULL_CONTAINERD_24; do
+      [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+    done
+    printf 'export PODHULL_ALLOW_EMULATION=false PODHULL_VSOCK_DAEMON=/bin/false\n'
+    printf '/out/watch.sh & watch=$!\n'
+    printf 'cd %q\n' "$ROOT"
+    printf '%q ' "$@"
+    printf '\ncode=$?\nkill $watch\nwait $watch\nexit $code\n'
+  } >"$out/job"
+  chmod 0755 "$out/job"
+}
+
+start_node() {
+  local parts qemu kernel initramfs khz
+  parts=$("$ROOT/tests/kvm/fetch.sh")
+  { read -r qemu; read -r kernel; read -r initramfs; } <<<"$parts"
+  truncate -s 8G "$out/disk"
+  mkfs.ext4 -q -E lazy_itable_init=1,nodiscard -O ^has_journal "$out/disk"
+  khz=$(awk '/^cpu MHz/ { printf "%d", $4 * 1000; exit }' /proc/cpuinfo)
+  : >"$out/console"
+  # Whatever becomes of this script, its node ends with it. It has no network.
+  setpriv --pdeathsig KILL "$qemu/usr/bin/qemu-system-x86_64" -L "$qemu/usr/share/qemu" -L "$qemu/usr/share/seabios" \
+    -nodefaults -no-user-config -display none -no-reboot -M q35,vmport=off,hpet=off,memory-backend=ram \
+    -accel tcg,thread=multi -cpu max -smp $CPUS -m $MEMORY -object memory-backend-memfd,id=ram,size=${MEMORY}M,share=on \
+    -kernel "$kernel/vmlinux" -initrd "$initramfs" -serial "file:$out/console" \
+    -append "console=ttyS0 quiet panic=-1 reboot=t mitigations=off tsc_early_khz=$khz tsc=reliable clocksource=tsc no_timer_check rcupdate.rcu_expedited=1 cgroup_no_v1=all psi=1" \
+    -virtfs local,path=/,readonly=on,security_model=none,multidevs=remap,mount_tag=root \
+    -virtfs "local,path=$kernel/lib/modules,readonly=on,security_model=none,mount_tag=modules" \
+    -virtfs "local,path=$out,security_model=none,mount_tag=out" \
+    -drive "file=$out/disk,if=none,id=disk,format=raw,cache=unsafe" -device virtio-blk-pci,drive=disk \
+    </dev/null >"$out/qemu.log" 2>&1 &
+  node=$!
+}
+
+end_node() {
+  rm -f "$out/disk"
+  [ -n "$node" ] || return 0
+  kill -KILL "$node" 2>/dev/null || true
+  wait "$node" 2>/dev/null || true
+  node=
+}
+trap end_node EXIT
+trap 'exit 130' INT TERM HUP
+
+# Shows what the job writes until the node is off; ends a node that has fallen silent.
+follow() {
+  local shown=0 size heard=0 heard_at=$SECONDS alive=yes
+  while [ "$alive" = yes ]; do
+    sleep 1
+    kill -0 "$node" 2>/dev/null || alive=no
+    size=$(stat -c %s "$out/job.log" 2>/dev/null || echo 0)
+    if [ "$size" -gt "$shown" ]; then
+      tail -c "+$((shown + 1))" "$out/job.log" | head -c "$((size - shown))"
+      shown=$size
+    fi
+    size=$(stat -c %s "$out/console")
+    if [ "$size" -gt "$heard" ]; then heard=$size heard_at=$SECONDS; fi
+    if [ "$alive" = yes ] && [ $((SECONDS - heard_at)) -ge "$SILENCE" ]; then
+      tail -20 "$out/console" >&2; die "the node has been silent for $SILENCE s; its console: $out/console"
+    fi
+    [ "$SECONDS" -lt "$LIMIT" ] || die "the node still runs after $LIMIT s"
+  done
+  size=0
+  wait "$node" || size=$?
+  node=
+  [ "$size" = 0 ] || { cat "$out/qemu.log" >&2; die "the node's QEMU ended with $size"; }
+  [ -f "$out/code" ] || { tail -20 "$out/console" "$out/qemu.log" >&2; die "the node ended before its job"; }
+}
+
+count() { grep -c -- "$1" "$2" 2>/dev/null || true; }
+
+# The pods must have been VMs of KVM that talked through the kernel's vsock, all of them.
+check_vmms() {
+  local vmms connected
+  vmms=$(count '^pid=' "$out/vmms")
+  connected=$(count connected "$out/connections")
+  [ "${vmms:-0}" -gt 0 ] || die "no VMM was seen: $out"
+  [ "$(count 'kvm=yes vhost-vsock=yes' "$out/vmms")" = "$vmms" ] \
+    || { grep -v 'kvm=yes vhost-vsock=yes' "$out/vmms" >&2; die "VMMs without KVM or the kernel's vsock"; }
+  [ ! -e "$out/daemons" ] || die "a vsock daemon ran"
+  [ "${connected:-0}" -gt 0 ] || die "no AF_VSOCK connection to a guest was seen"
+  say "$vmms VMMs seen, all with KVM and /dev/vhost-vsock; AF_VSOCK connections to $connected of them seen; no vsock daemon"
+}
+
+run() {
+  local begin=$SECONDS code
+  rm -rf "$out" && mkdir -p "$out"
+  install -m 0755 "$ROOT/tests/kvm/node.sh" "$ROOT/tests/kvm/watch.sh" "$out"
+  write_job "$@"
+  start_node
+  follow
+  end_node
+  code=$(cat "$out/code")
+  say "the node ran for $((SECONDS - begin)) s; its files: $out"
+  return "$code"
+}
+
+[ "$(id -u)" = 0 ] || die "the node shows this machine's files to root: run it as root"
+mkdir -p "$CACHE/kvm"
+exec 8>"$CACHE/locks/kvm-lane"
+flock -n 8 || die "another run of this lane holds $CACHE/locks/kvm-lane"
+if [ "${1:-}" = -- ]; then
+  shift
+  [ $# -gt 0 ] || die "-- COMMAND..."
+  run "$@"
+else
+  [ -x "$suite" ] || die "$suite is missing: make test-all PART=kvm builds it"
+  [ $# -gt 0 ] || set -- $FILTER
+  code=0
+  run "$suite" --containerd 2.4 "$@" || code=$?
+  check_vmms
+  exit "$code"
+fi
