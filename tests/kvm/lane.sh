@@ -6,8 +6,10 @@
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/../setup/lib.sh"
 
-FILTER=${FILTER:-lifecycle_stop exec_ network_ confinement_}
-CPUS=2
+# Not network_large: 32 MB take longer here (0.3 MB/s) than an exec may.
+FILTER=${FILTER:-lifecycle_stop exec_ network_addresses network_containers network_pods network_host confinement_}
+# With two, VMs of the node crash or stall now and then (tests/README.md).
+CPUS=1
 MEMORY=4096
 # The node says every 5 s that it lives.
 SILENCE=${LANE_SILENCE:-60}
@@ -15,18 +17,26 @@ LIMIT=${LANE_LIMIT:-3000}
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}
 suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
+PODHULL_SHIM=${PODHULL_SHIM:-$CARGO_TARGET_DIR/release/containerd-shim-podhull-v2}
+PODHULL_KERNEL=${PODHULL_KERNEL:-$ROOT/target/guest/vmlinux}
+PODHULL_INITRAMFS=${PODHULL_INITRAMFS:-$ROOT/target/guest/initramfs.cpio}
 out=$CACHE/kvm/run
 node=
 
 # What runs in the node. It fails rather than emulate, or use a daemon for what the kernel is to do.
 write_job() {
-  local name
+  local name from
   {
     printf '#!/bin/bash\n'
-    for name in CARGO_TARGET_DIR PODHULL_CACHE PODHULL_SHIM PODHULL_KERNEL PODHULL_INITRAMFS PODHULL_CONTAINERD_24; do
-      [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+    printf 'export PODHULL_CACHE=%q CARGO_TARGET_DIR=%q\n' "$CACHE" "$CARGO_TARGET_DIR"
+    [ -z "${PODHULL_CONTAINERD_24:-}" ] || printf 'export PODHULL_CONTAINERD_24=%q\n' "$PODHULL_CONTAINERD_24"
+    # Copies: a build beside this run must not change what it tests.
+    for name in SHIM KERNEL INITRAMFS; do
+      from=PODHULL_$name
+      cp "${!from}" "$out/bin/"
+      printf 'export %s=%q\n' "$from" "$out/bin/$(basename "${!from}")"
     done
-    printf 'export PODHULL_ALLOW_EMULATION=false PODHULL_VSOCK_DAEMON=/bin/false\n'
+    printf 'export PODHULL_ALLOW_EMULATION=false PODHULL_BOOT_TIMEOUT=40 PODHULL_VSOCK_DAEMON=/bin/false\n'
     printf '/out/watch.sh & watch=$!\n'
     printf 'cd %q\n' "$ROOT"
     printf '%q ' "$@"
@@ -81,7 +91,7 @@ follow() {
     size=$(stat -c %s "$out/console")
     if [ "$size" -gt "$heard" ]; then heard=$size heard_at=$SECONDS; fi
     if [ "$alive" = yes ] && [ $((SECONDS - heard_at)) -ge "$SILENCE" ]; then
-      tail -20 "$out/console" >&2; die "the node has been silent for $SILENCE s; its console: $out/console"
+      tail -n 20 "$out/console" >&2; die "the node has been silent for $SILENCE s; its console: $out/console"
     fi
     [ "$SECONDS" -lt "$LIMIT" ] || die "the node still runs after $LIMIT s"
   done
@@ -89,7 +99,7 @@ follow() {
   wait "$node" || size=$?
   node=
   [ "$size" = 0 ] || { cat "$out/qemu.log" >&2; die "the node's QEMU ended with $size"; }
-  [ -f "$out/code" ] || { tail -20 "$out/console" "$out/qemu.log" >&2; die "the node ended before its job"; }
+  [ -f "$out/code" ] || { tail -n 20 "$out/console" "$out/qemu.log" >&2; die "the node ended before its job"; }
 }
 
 count() { grep -c -- "$1" "$2" 2>/dev/null || true; }
@@ -107,17 +117,18 @@ check_vmms() {
   say "$vmms VMMs seen, all with KVM and /dev/vhost-vsock; AF_VSOCK connections to $connected of them seen; no vsock daemon"
 }
 
+# run COMMAND... : sets `code` to what it ended with in the node.
 run() {
-  local begin=$SECONDS code
-  rm -rf "$out" && mkdir -p "$out"
+  local begin=$SECONDS
+  rm -rf "$out" && mkdir -p "$out/bin"
   install -m 0755 "$ROOT/tests/kvm/node.sh" "$ROOT/tests/kvm/watch.sh" "$out"
+  [ ! -x "$suite" ] || cp "$suite" "$out/bin/"
   write_job "$@"
   start_node
   follow
   end_node
   code=$(cat "$out/code")
   say "the node ran for $((SECONDS - begin)) s; its files: $out"
-  return "$code"
 }
 
 [ "$(id -u)" = 0 ] || die "the node shows this machine's files to root: run it as root"
@@ -128,11 +139,11 @@ if [ "${1:-}" = -- ]; then
   shift
   [ $# -gt 0 ] || die "-- COMMAND..."
   run "$@"
+  exit "$code"
 else
   [ -x "$suite" ] || die "$suite is missing: make test-all PART=kvm builds it"
   [ $# -gt 0 ] || set -- $FILTER
-  code=0
-  run "$suite" --containerd 2.4 "$@" || code=$?
+  run "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
   check_vmms
   exit "$code"
 fi

@@ -323,7 +323,6 @@ pub(crate) fn show(sandbox: &Sandbox, times: &BootTimes) {
         &sandbox.spec.id,
     );
     run_dir.write_boot(times);
-    sandbox.runtime.metrics.note_boot(times);
     let phases: Vec<String> = times
         .iter()
         .map(|(phase, at)| format!("{phase}={}ms", at.as_millis()))

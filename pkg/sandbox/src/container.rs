@@ -33,6 +33,7 @@ impl Sandbox {
         spec: ContainerSpec,
     ) -> Result<u32, SandboxError> {
         self.check_usable()?;
+        let spec = Arc::new(spec);
         let id = ProcessRef::init(spec.id.clone());
         let tree = self.tree().await?;
         let process = self.enter(&id, self.pids.next(), spec.stdio.clone(), false)?;
@@ -57,17 +58,14 @@ impl Sandbox {
     async fn make(
         &self,
         process: &Process,
-        spec: &ContainerSpec,
+        spec: &Arc<ContainerSpec>,
         tree: &Arc<SharedTree>,
     ) -> Result<(), SandboxError> {
         let GuestSpec {
             oci,
             rootfs,
             pid_namespace,
-        } = {
-            let targets = self.pid_targets();
-            translate(&self.spec, spec, tree, &targets)?
-        };
+        } = self.translate(spec, tree).await?;
         let spec_json = serde_json::to_vec(&oci).map_err(|source| SandboxError::Encode {
             what: "spec",
             container: spec.id.clone(),
@@ -98,6 +96,24 @@ impl Sandbox {
             self.forget_in_guest(&process.id).await;
         }
         made
+    }
+
+    /// Mounts what the container needs and translates its spec. A mount, and a
+    /// look at a volume, can block in the kernel for as long as a server is away.
+    async fn translate(
+        &self,
+        spec: &Arc<ContainerSpec>,
+        tree: &Arc<SharedTree>,
+    ) -> Result<GuestSpec, SandboxError> {
+        let (sandbox, targets) = (self.spec.clone(), self.pid_targets());
+        let (spec, tree) = (Arc::clone(spec), Arc::clone(tree));
+        let id = spec.id.clone();
+        tokio::task::spawn_blocking(move || translate(&sandbox, &spec, &tree, &targets))
+            .await
+            .unwrap_or_else(|error| {
+                tracing::error!(container = %id, %error, "translating a spec died");
+                Err(SandboxError::refused("spec", "it cannot be translated"))
+            })
     }
 
     /// The PIDs that a container's spec may name in `/proc/<PID>/ns/pid`.

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use podhull_agent_client::{AgentChannel, AgentError};
 use podhull_api::agent;
@@ -20,6 +20,9 @@ use crate::pids::{Pids, of_guest};
 use crate::process::Process;
 use crate::spec::{Deleted, EventSink, ProcessState, Runtime, SandboxSpec, Status, Stdio};
 use crate::teardown::{self, Parts};
+
+/// Time for the guest to list a container's processes.
+const PIDS: Duration = Duration::from_secs(1);
 
 /// How far the sandbox is from its end.
 #[derive(Debug, Clone)]
@@ -110,6 +113,7 @@ impl Sandbox {
             times: Mutex::new(booted.times),
         });
         crate::watch::start(&sandbox).await;
+        crate::boot::show(&sandbox, &sandbox.boot_times());
         Ok(sandbox)
     }
 
@@ -153,6 +157,7 @@ impl Sandbox {
             times.note(BootPhase::ContainerStarted, self.spec.started.elapsed());
             times.clone()
         };
+        self.runtime.metrics.note_boot(&times);
         crate::boot::show(self, &times);
     }
 
@@ -333,11 +338,17 @@ impl Sandbox {
         let request = agent::PidsRequest {
             container_id: container.to_string(),
         };
-        let answer = self
-            .ask("Pids", self.call_deadline(), async |mut client| {
-                client.pids(request).await
-            })
-            .await?;
+        // containerd asks for all its containers within 5 s when it comes back: a
+        // guest that is slow then must not cost the pod its life.
+        let by = Deadline::after(PIDS);
+        let asked = self.ask("Pids", by, async |mut client| client.pids(request).await);
+        let answer = match asked.await {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::warn!(%container, %error, "only the processes that the host knows are listed");
+                return Ok(ours);
+            }
+        };
         // Which of the guest's are ours is not known; the rest is listed behind.
         let others = answer
             .pids

@@ -87,7 +87,9 @@ fn prepare(
     let config = Config::load(Path::new(podhull_config::PATH))?;
     let id = SandboxId::new(args.id.as_str())?;
     let run_dir = RunDir::of(&config.run_dir, &args.namespace, &id);
-    log::init(&config.log, Some(Path::new("log")), Some(&run_dir.log()))?;
+    // containerd says so when it logs at this level itself.
+    let filter = if args.debug { "debug" } else { &config.log };
+    log::init(filter, Some(Path::new("log")), Some(&run_dir.log()))?;
     log::panics();
     own_mounts()?;
     std::env::set_current_dir("/").map_err(ShimError::file("enter", "/"))?;

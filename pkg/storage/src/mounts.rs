@@ -3,14 +3,17 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 
 use crate::error::StorageError;
 use crate::volume::{Propagation, RootfsMount, Volume};
 
 const NONE: Option<&str> = None;
+/// Most bytes of options that the kernel takes.
+const PAGE: usize = 4096;
 
 /// Options of `mount` that are flags to the kernel (util-linux' `mount(8)`).
 const FLAGS: [(&str, MsFlags); 14] = [
@@ -52,14 +55,85 @@ pub(crate) fn mount_rootfs(entry: &RootfsMount, target: &Path) -> Result<(), Sto
         flags |= MsFlags::MS_BIND;
     }
     let fstype = (!is_bind).then_some(entry.fstype.as_str());
-    let data = (!data.is_empty()).then_some(data.as_str());
-    mount(Some(entry.source.as_str()), target, fstype, flags, data).map_err(failed())?;
+    let data = Some(data).filter(|data| !data.is_empty());
+    let mounted = match data {
+        Some(data) if data.len() >= PAGE => mount_long(entry, target, flags, &data),
+        data => mount(
+            Some(entry.source.as_str()),
+            target,
+            fstype,
+            flags,
+            data.as_deref(),
+        ),
+    };
+    mounted.map_err(failed())?;
     // The kernel ignores other flags while it binds.
     if is_bind && flags.contains(MsFlags::MS_RDONLY) {
         let again = flags | MsFlags::MS_REMOUNT;
         mount(NONE, target, NONE, again, NONE).map_err(failed())?;
     }
     Ok(())
+}
+
+/// Mounts with options that are too long for the kernel, as those of an image
+/// with many layers: their names are made relative to the folder that they share.
+/// A thread of its own works in that folder.
+fn mount_long(entry: &RootfsMount, target: &Path, flags: MsFlags, data: &str) -> nix::Result<()> {
+    let (folder, data) = shorten(data).ok_or(nix::Error::E2BIG)?;
+    std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)?;
+            nix::unistd::chdir(&folder)?;
+            let fstype = Some(entry.fstype.as_str());
+            mount(
+                Some(entry.source.as_str()),
+                target,
+                fstype,
+                flags,
+                Some(data.as_str()),
+            )
+        });
+        work.join().unwrap_or(Err(nix::Error::EIO))
+    })
+}
+
+/// The folder that all layers of an overlay are in, and the options with names
+/// relative to it; `None` if they share none or are still too long.
+fn shorten(data: &str) -> Option<(PathBuf, String)> {
+    let is_layers = |option: &&str| {
+        ["lowerdir=", "upperdir=", "workdir="]
+            .iter()
+            .any(|key| option.starts_with(key))
+    };
+    let paths = data
+        .split(',')
+        .filter(is_layers)
+        .filter_map(|option| option.split_once('='))
+        .flat_map(|(_, paths)| paths.split(':'));
+    let shared = paths
+        .map(|path| {
+            Path::new(path)
+                .parent()
+                .unwrap_or(Path::new("/"))
+                .to_path_buf()
+        })
+        .reduce(|shared, path| {
+            let parts = shared.components().zip(path.components());
+            parts.take_while(|(a, b)| a == b).map(|(a, _)| a).collect()
+        })?;
+    let prefix = format!("{}/", shared.to_str()?.trim_end_matches('/'));
+    let options: Vec<_> = data
+        .split(',')
+        .map(|option| {
+            if is_layers(&option) {
+                option.replace(&prefix, "")
+            } else {
+                option.into()
+            }
+        })
+        .collect();
+    let short = options.join(",");
+    (prefix.len() > 1 && short.len() < PAGE).then_some((shared, short))
 }
 
 /// Binds a volume to `target`, which exists and is of the same kind. `below` is
@@ -175,6 +249,25 @@ pub(crate) fn make_point(source: &Path, target: &Path) -> Result<(), StorageErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_of_many_layers_are_shortened() {
+        let layer = |number| format!("/var/lib/containerd/snapshots/{number}/fs");
+        let layers: Vec<_> = (0..200).map(layer).collect();
+        let data = format!(
+            "workdir=/var/lib/containerd/snapshots/9/work,upperdir={},index=off,lowerdir={}",
+            layer(9),
+            layers.join(":")
+        );
+        assert!(data.len() > PAGE);
+        let (folder, short) = shorten(&data).unwrap();
+        assert_eq!(folder, Path::new("/var/lib/containerd/snapshots"));
+        assert!(short.starts_with("workdir=9/work,upperdir=9/fs,index=off,lowerdir=0/fs:1/fs:"));
+        assert!(
+            shorten("lowerdir=/a:/b").is_none(),
+            "they share the root only"
+        );
+    }
 
     #[test]
     fn options_are_split() {

@@ -19,7 +19,7 @@ use podhull_types::{ContainerId, Deadline};
 use crate::error::StorageError;
 use crate::mounts::{self, Unmounted};
 use crate::table;
-use crate::volume::{RootfsMount, Volume};
+use crate::volume::{Propagation, RootfsMount, Volume};
 
 const ROOTFS: &str = "rootfs";
 
@@ -167,7 +167,8 @@ impl SharedTree {
         Ok(self.relative(&point))
     }
 
-    /// Writes a file that the container sees; `name` has no slash.
+    /// Writes a file that the container sees and may write to, as to those that
+    /// containerd makes; `name` has no slash.
     ///
     /// # Errors
     /// [`StorageError::Path`] if it cannot be written.
@@ -181,11 +182,21 @@ impl SharedTree {
         let writable = self.writable(&path);
         let written = fs::write(&writable, content)
             .and_then(|()| fs::set_permissions(&writable, fs::Permissions::from_mode(0o644)));
-        let mut containers = self.containers();
-        let made = containers.entry(container.clone()).or_default();
-        made.files.push(path.clone());
+        {
+            let mut containers = self.containers();
+            let made = containers.entry(container.clone()).or_default();
+            made.files.push(path.clone());
+        }
         written.map_err(StorageError::path("write", &path))?;
-        Ok(self.relative(&path))
+        // A mount of its own: the tree around it is read-only.
+        let volume = Volume {
+            source: writable,
+            recursive: false,
+            read_only: false,
+            recursive_read_only: false,
+            propagation: Propagation::Private,
+        };
+        self.bind(container, &volume)
     }
 
     /// Undoes everything of a container. Succeeds if there is nothing.
@@ -296,7 +307,6 @@ mod tests {
     use nix::sched::{CloneFlags, unshare};
 
     use super::*;
-    use crate::volume::Propagation;
 
     fn soon() -> Deadline {
         Deadline::after(Duration::from_secs(5))
@@ -353,6 +363,7 @@ mod tests {
                 .unwrap();
             assert!(fs::write(root.join(file.as_path()), "x").is_err());
             let hosts = tree.write_file(&id, "hosts", b"127.0.0.1 x").unwrap();
+            fs::write(root.join(hosts.as_path()), "127.0.0.1 x").unwrap();
             assert_eq!(
                 fs::read(root.join(hosts.as_path())).unwrap(),
                 b"127.0.0.1 x"
@@ -386,6 +397,45 @@ mod tests {
             ));
             assert!(tree.teardown(soon()).unwrap().is_clean());
             assert!(!root.exists());
+        });
+    }
+
+    #[test]
+    fn an_image_with_many_layers_is_mounted() {
+        in_own_mounts(|folder| {
+            // Overlays have no overlay below them: the layers are on a tmpfs.
+            let layers = folder.join("a-folder-with-a-long-name-as-containerd-has-one");
+            fs::create_dir(&layers).unwrap();
+            let none = None::<&str>;
+            let kind = Some("tmpfs");
+            nix::mount::mount(kind, &layers, kind, nix::mount::MsFlags::empty(), none).unwrap();
+            let mut lower = Vec::new();
+            for number in 0..100 {
+                let layer = layers.join(format!("snapshots-{number}/fs"));
+                fs::create_dir_all(&layer).unwrap();
+                fs::write(layer.join(format!("file-{number}")), "x").unwrap();
+                lower.push(layer.to_string_lossy().into_owned());
+            }
+            for name in ["upper", "work"] {
+                fs::create_dir(layers.join(name)).unwrap();
+            }
+            let rootfs = RootfsMount {
+                fstype: "overlay".into(),
+                source: "overlay".into(),
+                options: vec![
+                    format!("upperdir={}/upper", layers.display()),
+                    format!("workdir={}/work", layers.display()),
+                    format!("lowerdir={}", lower.join(":")),
+                ],
+            };
+            let root = folder.join("share");
+            let tree = SharedTree::create(&root).unwrap();
+            let id = ContainerId::new("c1").unwrap();
+            let path = root.join(tree.mount_rootfs(&id, &[rootfs]).unwrap().as_path());
+            assert!(path.join("file-0").exists() && path.join("file-99").exists());
+            fs::write(path.join("new"), "x").unwrap();
+            assert!(layers.join("upper/new").exists());
+            assert!(tree.teardown(soon()).unwrap().is_clean());
         });
     }
 

@@ -119,13 +119,18 @@ pub(super) fn cni() -> String {
     .to_string()
 }
 
-/// podhull's file, for guests that may have to be emulated; where KVM is to be
-/// used, `PODHULL_ALLOW_EMULATION=false` makes sure of it.
+/// podhull's file, for guests that may have to be emulated. Where KVM is to be
+/// used, `PODHULL_ALLOW_EMULATION=false` makes sure of it; where it is slow,
+/// `PODHULL_BOOT_TIMEOUT` gives a guest more seconds.
 #[must_use]
 pub fn podhull(programs: &Programs) -> String {
     let allowed = env::var("PODHULL_ALLOW_EMULATION").unwrap_or_else(|_| "true".into());
+    let timeout = env::var("PODHULL_BOOT_TIMEOUT").map_or_else(
+        |_| String::new(),
+        |seconds| format!("boot_timeout_seconds = {seconds}\n"),
+    );
     format!(
-        "kernel = {:?}\ninitramfs = {:?}\nqemu = {:?}\nvsock_daemon = {:?}\nallow_emulation = {allowed}\nlog = \"debug\"\n",
+        "kernel = {:?}\ninitramfs = {:?}\nqemu = {:?}\nvsock_daemon = {:?}\nallow_emulation = {allowed}\nlog = \"debug\"\n{timeout}",
         programs.kernel, programs.initramfs, programs.qemu, programs.vsock_daemon
     )
 }

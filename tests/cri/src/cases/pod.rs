@@ -25,11 +25,17 @@ async fn pod_hostname_and_its_files_are_set(t: &Context) -> Result<()> {
         .edit(|config| config.hostname = "web-0".into())
         .run()
         .await?;
-    let script = "hostname; uname -n; cat /etc/hostname; echo $HOSTNAME; cat /etc/hosts";
+    let script = "hostname; uname -n; cat /etc/hostname; echo $HOSTNAME; \
+        echo 10.0.0.9 other >>/etc/hosts; cat /etc/hosts";
     let text = text_of(t.container(&pod, "main"), script).await?;
     let lines: Vec<_> = text.lines().collect();
     same!(lines[..4], ["web-0"; 4]);
-    contains!(lines[4..].join("\n"), "127.0.0.1", "localhost");
+    contains!(
+        lines[4..].join("\n"),
+        "127.0.0.1",
+        "localhost",
+        "10.0.0.9 other"
+    );
     Ok(())
 }
 
