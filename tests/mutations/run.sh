@@ -22,10 +22,11 @@ trap 'git worktree remove --force "$tree"' EXIT
 build() { # FILE: builds what FILE belongs to, and says where the suite finds it
   case $1 in
     pkg/guest-agent/*)
-      ( cd "$tree" && CARGO_TARGET_DIR=$CARGO_TARGET_DIR deploy/guest/build-agent.sh 2>&1 ) >"$tree.log" \
+      # A target folder of its own: a broken agent must not be taken for the real one.
+      ( cd "$tree" && CARGO_TARGET_DIR=$CACHE/mutations/target deploy/guest/build-agent.sh 2>&1 ) >"$tree.log" \
         || { tail -30 "$tree.log" >&2; return 1; }
-      deploy/guest/build-initramfs.sh "$CARGO_TARGET_DIR/agent/x86_64-unknown-linux-gnu/release/podhull-agent" \
-        "$tree.initramfs"
+      deploy/guest/build-initramfs.sh \
+        "$CACHE/mutations/target/agent/x86_64-unknown-linux-gnu/release/podhull-agent" "$tree.initramfs"
       export PODHULL_INITRAMFS=$tree.initramfs ;;
     *)
       ( cd "$tree" && cargo build --locked -p containerd-shim-podhull-v2 2>&1 ) >"$tree.log" \

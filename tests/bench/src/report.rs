@@ -117,7 +117,10 @@ fn circumstances(text: &mut String, measured: &Measured, options: &Options) -> W
     }
     writeln!(text, "- Command: `{}`", options.command())?;
     if let Some(floor) = &measured.floor {
-        writeln!(text, "- Command of the floor: `{}`", floor.command)?;
+        // Where the checkout is matters to nobody.
+        let root = format!("{}/", podhull_testkit::programs::workspace().display());
+        let command = floor.command.replace(&root, "");
+        writeln!(text, "- Command of the floor: `{command}`")?;
     }
     Ok(())
 }
