@@ -16,6 +16,10 @@ tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 install -m 0755 "$agent" "$tree/init"
 mkdir -m 0755 "$tree"/{dev,proc,sys,run,newroot}
+# The guest's console may appear only after PID 1 has started. Without standard
+# streams Rust's runtime opens /dev/null before main, and aborts if it cannot.
+mknod -m 0666 "$tree/dev/null" c 1 3
+mknod -m 0600 "$tree/dev/console" c 5 1
 if [ -n "$modules" ] && [ -d "$modules" ]; then
   mkdir -m 0755 "$tree/modules"
   install -m 0644 -t "$tree/modules" "$modules"/*
