@@ -111,8 +111,7 @@ fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
         .flatten()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
     if asked {
-        let reason = "user namespaces of pods are not offered; the VM keeps them from the host";
-        return Err(SandboxError::refused("hostUsers", reason));
+        return Err(SandboxError::no_user_namespaces());
     }
     Ok(())
 }

@@ -75,12 +75,6 @@ pub(crate) fn refuse_host(field: &str, what: &str) -> ShimError {
     SandboxError::refused(field, reason).into()
 }
 
-/// User namespaces are not offered.
-pub(crate) fn refuse_users() -> ShimError {
-    let reason = "user namespaces of pods are not offered; the VM keeps them from the host";
-    SandboxError::refused("hostUsers", reason).into()
-}
-
 /// The sandbox that the pause container of `spec` stands for.
 ///
 /// # Errors
@@ -102,7 +96,7 @@ pub(crate) fn sandbox_spec(
         }
     }
     if namespace(spec, LinuxNamespaceType::User).is_some() {
-        return Err(refuse_users());
+        return Err(SandboxError::no_user_namespaces().into());
     }
     let linux = spec.linux().as_ref();
     let number = |key| annotation(spec, key).and_then(|text| text.parse::<i64>().ok());

@@ -11,7 +11,7 @@ use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec};
 use podhull_types::SandboxId;
 use prost::Message;
 
-use crate::bundle::{refuse_host, refuse_users, vcpus};
+use crate::bundle::{refuse_host, vcpus};
 use crate::error::ShimError;
 
 /// How containerd calls the type in an Any.
@@ -55,7 +55,7 @@ pub(crate) fn sandbox_spec(
     }
     let users = modes.userns_options.map(|users| users.mode());
     if users == Some(NamespaceMode::Pod) {
-        return Err(refuse_users());
+        return Err(SandboxError::no_user_namespaces().into());
     }
     let resources = linux.resources.unwrap_or_default();
     let memory = u64::try_from(resources.memory_limit_in_bytes).unwrap_or(0);
