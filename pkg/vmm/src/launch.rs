@@ -119,7 +119,7 @@ async fn start(config: VmConfig, kernel: Kernel, by: Deadline) -> Result<Launche
         memory_mib: config.memory_mib,
         vcpus: config.vcpus,
         acceleration,
-        tsc_khz: cpuinfo.flatten().as_deref().and_then(qemu::tsc_khz),
+        tsc: cpuinfo.flatten().as_deref().and_then(qemu::host_tsc),
         ready_port: ready.port(),
         fs_fd: FIRST_FD,
         vsock: &device,

@@ -19,15 +19,17 @@ pub(crate) struct Machine<'a> {
     pub(crate) memory_mib: u32,
     pub(crate) vcpus: u32,
     pub(crate) acceleration: Acceleration,
-    /// Host TSC in kHz, for emulation only.
-    pub(crate) tsc_khz: Option<u64>,
+    /// The host's TSC, which an emulated guest reads, too; for emulation only.
+    pub(crate) tsc: Option<Tsc>,
     pub(crate) ready_port: VsockPort,
     pub(crate) fs_fd: i32,
     pub(crate) vsock: &'a GuestDevice,
     pub(crate) vsock_fd: i32,
     pub(crate) network: Option<(i32, [u8; 6])>,
     /// A distribution's kernel: it finds devices by ACPI, not by its command line,
-    /// and has a console before its modules only on a serial port.
+    /// and has a console before its modules only on a serial port. By this ACPI
+    /// it also takes the machine for one without a PIT: its only timer is the
+    /// local APIC's.
     pub(crate) generic: bool,
 }
 
@@ -109,10 +111,15 @@ impl Machine<'_> {
         // Emulation has no CPU flaws to mitigate, and calibrates slowly.
         if self.acceleration == Acceleration::Emulation {
             line += " mitigations=off no_timer_check";
-            if let Some(khz) = self.tsc_khz {
+            if let Some(Tsc { khz, steady }) = self.tsc {
                 line += &format!(" tsc_early_khz={khz}");
+                // The kernel would check it by counting ticks. Emulation loses
+                // some, and then the clock that counts them is kept.
+                if steady {
+                    line += " tsc=reliable";
+                }
             }
-            if self.vcpus == 1 {
+            if self.vcpus == 1 && !self.generic {
                 line += " nolapic_timer";
             }
         }
@@ -139,13 +146,29 @@ fn comma_free(name: &str) -> String {
     name.replace(',', "_")
 }
 
-/// The host's TSC frequency in kHz, from /proc/cpuinfo.
-pub(crate) fn tsc_khz(cpuinfo: &str) -> Option<u64> {
-    let line = cpuinfo.lines().find(|line| line.starts_with("cpu MHz"))?;
-    let (_, mhz) = line.split_once(':')?;
-    let (whole, fraction) = mhz.trim().split_once('.').unwrap_or((mhz.trim(), ""));
+/// The host's TSC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tsc {
+    /// Its frequency.
+    pub(crate) khz: u64,
+    /// Whether that is its own, not what the CPU happens to run at.
+    pub(crate) steady: bool,
+}
+
+/// The host's TSC by /proc/cpuinfo.
+pub(crate) fn host_tsc(cpuinfo: &str) -> Option<Tsc> {
+    let value = |key| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(key))?;
+        line.split_once(':').map(|(_, value)| value.trim())
+    };
+    let mhz = value("cpu MHz")?;
+    let (whole, fraction) = mhz.split_once('.').unwrap_or((mhz, ""));
     let thousandths: String = fraction.chars().chain("000".chars()).take(3).collect();
-    Some(whole.parse::<u64>().ok()? * 1000 + thousandths.parse::<u64>().ok()?)
+    let mut flags = value("flags").unwrap_or_default().split_whitespace();
+    Some(Tsc {
+        khz: whole.parse::<u64>().ok()? * 1000 + thousandths.parse::<u64>().ok()?,
+        steady: !flags.any(|flag| flag == "aperfmperf"),
+    })
 }
 
 #[cfg(test)]
@@ -158,7 +181,10 @@ mod tests {
             memory_mib: 256,
             vcpus: 1,
             acceleration,
-            tsc_khz: Some(2_596_122),
+            tsc: Some(Tsc {
+                khz: 2_596_122,
+                steady: true,
+            }),
             ready_port: VsockPort(1024),
             fs_fd: 4,
             vsock,
@@ -173,6 +199,7 @@ mod tests {
         let kvm = machine(Acceleration::Kvm, &GuestDevice::Daemon).kernel_command_line();
         for word in [
             "tsc_early_khz",
+            "tsc=reliable",
             "mitigations",
             "nolapic_timer",
             "no_timer_check",
@@ -180,7 +207,7 @@ mod tests {
             assert!(!kvm.contains(word), "{kvm}");
         }
         let tcg = machine(Acceleration::Emulation, &GuestDevice::Daemon).kernel_command_line();
-        assert!(tcg.contains("tsc_early_khz=2596122"), "{tcg}");
+        assert!(tcg.contains("tsc_early_khz=2596122 tsc=reliable"), "{tcg}");
         let mut two = machine(Acceleration::Emulation, &GuestDevice::Daemon);
         two.vcpus = 2;
         assert!(!two.kernel_command_line().contains("nolapic_timer"));
@@ -201,9 +228,20 @@ mod tests {
     }
 
     #[test]
+    fn a_distributions_kernel_keeps_its_only_timer() {
+        let mut machine = machine(Acceleration::Emulation, &GuestDevice::Daemon);
+        assert!(machine.kernel_command_line().contains("nolapic_timer"));
+        machine.generic = true;
+        assert!(!machine.kernel_command_line().contains("nolapic_timer"));
+    }
+
+    #[test]
     fn the_tsc_is_read() {
-        assert_eq!(tsc_khz("cpu MHz\t\t: 2596.122\n"), Some(2_596_122));
-        assert_eq!(tsc_khz("cpu MHz\t\t: 3000\n"), Some(3_000_000));
-        assert_eq!(tsc_khz("model: x\n"), None);
+        let tsc = |khz, steady| Some(Tsc { khz, steady });
+        assert_eq!(host_tsc("cpu MHz\t\t: 2596.122\n"), tsc(2_596_122, true));
+        assert_eq!(host_tsc("cpu MHz\t\t: 3000\n"), tsc(3_000_000, true));
+        let turbo = "cpu MHz\t\t: 3000\nflags\t\t: tsc aperfmperf pni\n";
+        assert_eq!(host_tsc(turbo), tsc(3_000_000, false));
+        assert_eq!(host_tsc("model: x\n"), None);
     }
 }
