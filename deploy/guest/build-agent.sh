@@ -12,5 +12,10 @@ done
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}/agent
 export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libs
 # Paths of this machine must not end up in the program: two builds are compared.
-export RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo"
+# Of several that match the last one counts, and the target folder may be below
+# the checkout.
+paths="--remap-path-prefix=$ROOT=podhull"
+paths+=" --remap-path-prefix=$(realpath -ms "$CARGO_TARGET_DIR")=target"
+paths+=" --remap-path-prefix=$(realpath -ms "${CARGO_HOME:-$HOME/.cargo}")=cargo"
+export RUSTFLAGS="-C target-feature=+crt-static $paths"
 cd "$ROOT" && exec cargo build --release --locked --target "$triple" -p podhull-agent

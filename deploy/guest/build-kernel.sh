@@ -8,7 +8,6 @@
 out=${1:?usage: build-kernel.sh OUTPUT}
 config="$ROOT/deploy/guest/kernel.config"
 source_version=6.12
-debian_modules="virtio_mmio virtio_net virtio_console vmw_vsock_virtio_transport virtiofs overlay"
 tarball=/usr/src/linux-source-$source_version.tar.xz
 
 build_own() {
@@ -50,34 +49,9 @@ check_config() {
   [ "$lost" = 0 ] || die "kernel.config asks for what this kernel does not offer"
 }
 
-# Debian's cloud kernel, and beside it the modules that a pod's guest needs, in
-# the order in which they have to be loaded.
-build_debian() {
-  local real version store number=0 module
-  real=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p')
-  [ -n "$real" ] || die "linux-image-cloud-amd64 is unknown to apt: run apt-get update"
-  version=${real#linux-image-}
-  store="$CACHE/kernel/debian-$version"
-  if [ ! -d "$store/boot" ]; then
-    say "fetching Debian's kernel $version"
-    rm -rf "$store.new" && mkdir -p "$store.new"
-    ( cd "$store.new" && apt-get -o APT::Sandbox::User=root download -qq "$real" >/dev/null && dpkg -x "$real"_*.deb . && rm -- *.deb ) \
-      || die "apt-get download $real failed"
-    depmod -b "$store.new" "$version"
-    mv "$store.new" "$store"
-  fi
-  install -m 0644 "$store/boot/vmlinuz-$version" "$out"
-  rm -rf "$out.modules" && mkdir -p "$out.modules"
-  for module in $(modprobe -d "$store" -S "$version" --show-depends -a $debian_modules \
-      | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++'); do
-    install -m 0644 "$module" "$out.modules/$(printf %02d $number)-$(basename "$module")"
-    number=$((number + 1))
-  done
-}
-
 mkdir -p "$(dirname "$out")"
 case ${GUEST_KERNEL:-own} in
   own) rm -rf "$out.modules" && locked kernel build_own ;;
-  debian) locked kernel build_debian ;;
+  debian) . "$ROOT/deploy/guest/debian-kernel.sh" && locked kernel build_debian ;;
   *) die "GUEST_KERNEL=${GUEST_KERNEL}: expected own or debian" ;;
 esac
