@@ -19,6 +19,7 @@ export PODHULL_KERNEL       ?= $(CURDIR)/$(GUEST)/vmlinux
 export PODHULL_INITRAMFS    ?= $(CURDIR)/$(GUEST)/initramfs.cpio
 export PODHULL_VSOCK_DAEMON ?= $(CACHE)/bin/vhost-device-vsock-0.3.0/vhost-device-vsock
 export PODHULL_CONTAINERD_24 ?= $(CACHE)/bin/containerd-2.4.2
+export PODHULL_STREAMS      ?= $(CACHE)/bin/streams/streams
 
 .PHONY: help
 help: ## this list
@@ -33,7 +34,7 @@ test: ## everything that must pass before a change lands
 	@tests/run-tests.sh
 
 .PHONY: guest
-guest: kernel initramfs ## kernel and initramfs for the guest, in target/guest
+guest: kernel initramfs ## kernel and initramfs for the guest, in target/guest; GUEST_KERNEL=debian for Debian's
 
 .PHONY: shim
 shim: packages ## the shim's release build
@@ -48,11 +49,11 @@ test-unit: packages ## unit and crate tests
 	@tests/unit.sh
 
 .PHONY: test-cri
-test-cri: packages tools guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
+test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
 	@cargo run --quiet --release -p podhull-cri-tests -- --containerd $(or $(CONTAINERD),all) $(FILTER)
 
 .PHONY: test-all
-test-all: ## long checks, resumable: PART=mutations, reproducible, kvm
+test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, kvm
 	@tests/run-part.sh $(or $(PART),all)
 
 .PHONY: bench-quick
@@ -68,6 +69,11 @@ packages:
 tools: packages
 	@$(SETUP)/containerd.sh
 	@$(SETUP)/vsock-daemon.sh
+
+# Only the suites need it.
+.PHONY: streams
+streams: packages
+	@$(SETUP)/streams.sh
 
 .PHONY: kernel
 kernel: packages

@@ -5,9 +5,13 @@
 cd "$ROOT"
 
 again=$(mktemp -d "$CACHE/again.XXXXXX")
-trap 'git worktree remove --force "$again/tree" 2>/dev/null; rm -rf "$again"' EXIT
+trap 'rm -rf "$again"' EXIT
 # Another path, another target folder, another cache: none of them may be in the result.
-git worktree add --quiet --detach "$again/tree" HEAD
+# The files are those of the checkout, committed or not.
+mkdir "$again/tree"
+git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  [ ! -e "$file" ] || printf '%s\0' "$file"
+done | cpio --quiet --null --pass-through --make-directories "$again/tree"
 make -s -C "$again/tree" guest CACHE="$again/cache" PODHULL_CACHE="$again/cache" CARGO_TARGET_DIR="$again/target"
 for file in vmlinux initramfs.cpio; do
   first=$(sha256sum <"target/guest/$file" | cut -d' ' -f1)

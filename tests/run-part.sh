@@ -2,18 +2,30 @@
 # `make test-all PART=…`: what takes too long for `make test`.
 #   mutations      breaks the code on purpose, line by line; each time a named case must turn red
 #   reproducible   builds kernel and initramfs a second time; the hashes must be equal
+#   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
 #   kvm            the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/setup/lib.sh"
 cd "$ROOT"
 
+# The guest has a folder of its own: target/guest stays what it is.
+debian_kernel() {
+  local guest=target/guest-debian
+  make -s guest GUEST=$guest GUEST_KERNEL=debian
+  PODHULL_KERNEL=$ROOT/$guest/vmlinux PODHULL_INITRAMFS=$ROOT/$guest/initramfs.cpio \
+    cargo run --quiet --release -p podhull-cri-tests -- --containerd 2.4 --handler podhull \
+    lifecycle_stop_and_remove_end lifecycle_exit_codes lifecycle_stop_signal network_host_and_pod_reach \
+    exec_exit_codes exec_standard_input exec_timeout exec_terminal attach_reaches fault_killed_vmm
+}
+
 part() {
   case $1 in
     mutations) make -s tools guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/mutations/run.sh ;;
     reproducible) make -s guest && tests/reproducible.sh ;;
+    debian-kernel) make -s tools shim && debian_kernel ;;
     kvm) make -s tools guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/kvm/lane.sh ;;
-    all) part mutations && part reproducible && part kvm ;;
-    *) die "PART=$1: expected mutations, reproducible, kvm or all" ;;
+    all) part mutations && part reproducible && part debian-kernel && part kvm ;;
+    *) die "PART=$1: expected mutations, reproducible, debian-kernel, kvm or all" ;;
   esac
 }
 part "$1"
