@@ -6,11 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::future::poll_fn;
+use std::sync::PoisonError;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use podhull_types::Deadline;
-use tokio::sync::Notify;
+
+use crate::sync::{Arc, Mutex, MutexGuard};
 
 /// The VM is being stopped: no new leases.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -92,13 +95,14 @@ struct State {
     closing: bool,
     next: u64,
     held: BTreeMap<u64, (Holder, Instant)>,
+    /// Woken when nobody holds a lease.
+    waiting: Vec<Waker>,
 }
 
 #[derive(Debug)]
 struct Shared {
     owner: String,
     state: Mutex<State>,
-    released: Notify,
 }
 
 impl Shared {
@@ -107,12 +111,12 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(self: &Arc<Self>, state: &mut State, holder: Holder) -> Lease {
+    fn enter(this: &Arc<Self>, state: &mut State, holder: Holder) -> Lease {
         let number = state.next;
         state.next += 1;
         state.held.insert(number, (holder, Instant::now()));
         Lease {
-            shared: Arc::clone(self),
+            shared: Arc::clone(this),
             number,
         }
     }
@@ -131,7 +135,6 @@ impl LeaseSet {
             shared: Arc::new(Shared {
                 owner: owner.into(),
                 state: Mutex::default(),
-                released: Notify::new(),
             }),
         }
     }
@@ -147,7 +150,7 @@ impl LeaseSet {
                 owner: self.shared.owner.clone(),
             });
         }
-        Ok(self.shared.enter(&mut state, holder))
+        Ok(Shared::enter(&self.shared, &mut state, holder))
     }
 
     /// Refuses new leases from now on. Leases that are held stay valid, and
@@ -176,18 +179,22 @@ impl LeaseSet {
     /// The leases still held when the deadline passed.
     pub async fn drained(&self, by: Deadline) -> Result<(), Vec<HeldLease>> {
         self.close();
-        let empty = async {
-            loop {
-                let released = self.shared.released.notified();
-                tokio::pin!(released);
-                released.as_mut().enable();
-                if self.shared.lock().held.is_empty() {
-                    return;
-                }
-                released.await;
-            }
-        };
-        by.run(empty).await.map_err(|_| self.held())
+        by.run(poll_fn(|cx| self.poll_drained(cx)))
+            .await
+            .map_err(|_| self.held())
+    }
+
+    /// Ready when nobody holds a lease.
+    pub(crate) fn poll_drained(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.shared.lock();
+        if state.held.is_empty() {
+            return Poll::Ready(());
+        }
+        let waker = cx.waker();
+        if !state.waiting.iter().any(|old| old.will_wake(waker)) {
+            state.waiting.push(waker.clone());
+        }
+        Poll::Pending
     }
 }
 
@@ -215,7 +222,7 @@ impl Clone for Lease {
             || Holder::new(HolderKind::Other, "clone"),
             |(holder, _)| holder.clone(),
         );
-        self.shared.enter(&mut state, holder)
+        Shared::enter(&self.shared, &mut state, holder)
     }
 }
 
@@ -224,70 +231,9 @@ impl Drop for Lease {
         let mut state = self.shared.lock();
         state.held.remove(&self.number);
         if state.held.is_empty() {
-            self.shared.released.notify_waiters();
+            let waiting = std::mem::take(&mut state.waiting);
+            drop(state);
+            waiting.into_iter().for_each(Waker::wake);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn session(name: &str) -> Holder {
-        Holder::new(HolderKind::Session, name)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn l10_drained_names_who_still_holds_on() {
-        let set = LeaseSet::new("vm");
-        let lease = set.issue(session("exec c/e")).unwrap();
-        let held = set
-            .drained(Deadline::after(Duration::from_secs(1)))
-            .await
-            .unwrap_err();
-        assert_eq!(held.len(), 1);
-        assert_eq!(held[0].holder, session("exec c/e"));
-        drop(lease);
-        assert!(
-            set.drained(Deadline::after(Duration::from_secs(1)))
-                .await
-                .is_ok()
-        );
-    }
-
-    #[tokio::test]
-    async fn l10_drained_returns_when_the_last_lease_goes() {
-        let set = LeaseSet::new("vm");
-        let (first, second) = (
-            set.issue(session("a")).unwrap(),
-            set.issue(session("b")).unwrap(),
-        );
-        let copy = first.clone();
-        let drained = tokio::spawn({
-            let set = set.clone();
-            async move { set.drained(Deadline::after(Duration::from_secs(10))).await }
-        });
-        tokio::task::yield_now().await;
-        drop(first);
-        drop(second);
-        assert!(!drained.is_finished());
-        assert_eq!(set.held().len(), 1);
-        drop(copy);
-        assert_eq!(drained.await.unwrap(), Ok(()));
-    }
-
-    #[test]
-    fn l10_closed_set_refuses_new_leases() {
-        let set = LeaseSet::new("vm x");
-        let lease = set.issue(session("a")).unwrap();
-        set.close();
-        assert_eq!(
-            set.issue(session("b")).map(drop),
-            Err(Closing {
-                owner: "vm x".into()
-            })
-        );
-        drop(lease.clone());
-        assert_eq!(set.held().len(), 1);
     }
 }

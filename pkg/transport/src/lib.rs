@@ -15,6 +15,7 @@
 //! Reading order: [`lease`], [`transport`], [`dial`], [`listener`],
 //! [`handshake`], [`session`].
 
+mod conn;
 pub mod dial;
 pub mod error;
 pub mod handshake;
@@ -23,6 +24,7 @@ pub mod listener;
 pub mod metrics;
 pub mod report;
 pub mod session;
+mod sync;
 pub mod transport;
 
 pub use dial::{GuestAddress, dial_host};

@@ -4,14 +4,19 @@
 //!
 //! Each stream has credit of its own, so one that nobody reads never holds up
 //! another. The ends of streams are frames because half-close does not survive
-//! most vsock backends. `frame` is the wire format, `engine` the two tasks,
-//! `handle` who owns them and the transport, `stream` what users read and
+//! most vsock backends. `frame` is the wire format, `state` what both ends agree
+//! on, `engine` the two tasks, `handle` who owns them and the transport, `stream` what users read and
 //! write, `open` how a session begins.
 
-pub(crate) mod engine;
+mod engine;
 pub(crate) mod frame;
+#[cfg(test)]
+mod frame_tests;
 mod handle;
 mod open;
+pub(crate) mod state;
+#[cfg(test)]
+mod state_tests;
 mod stream;
 
 pub use handle::SessionHandle;

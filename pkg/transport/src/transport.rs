@@ -2,20 +2,18 @@
 //! One owned connection to a guest.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use futures::task::AtomicWaker;
 use podhull_types::{Cid, Deadline, VsockPort};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
-use tokio::sync::Notify;
 
+use crate::conn::{Conn, Direction, View};
 use crate::error::TransportError;
 use crate::lease::{Holder, Lease};
 use crate::metrics;
@@ -56,42 +54,12 @@ impl fmt::Display for Peer {
     }
 }
 
-/// A descriptor and the lease that keeps its VM. Fields are dropped in this
-/// order: the descriptor first, the VM's lease last.
+/// AF_UNIX or AF_VSOCK: tokio's type serves any stream socket, as it only
+/// polls, reads and writes.
 #[derive(Debug)]
-struct Conn {
-    /// AF_UNIX or AF_VSOCK: tokio's type serves any stream socket, as it only
-    /// polls, reads and writes.
-    socket: UnixStream,
-    closing: AtomicBool,
-    viewed: AtomicBool,
-    reader: AtomicWaker,
-    writer: AtomicWaker,
-    view_gone: Notify,
-    lease: Lease,
-}
+struct Socket(UnixStream);
 
-impl Conn {
-    /// Makes every pending and later use of a view fail, and wakes it. The
-    /// descriptor stays open as long as the view exists.
-    fn begin_close(&self) {
-        self.closing.store(true, Ordering::Release);
-        self.reader.wake();
-        self.writer.wake();
-    }
-
-    fn check_open(&self) -> io::Result<()> {
-        if self.closing.load(Ordering::Acquire) {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "transport closed",
-            ));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Conn {
+impl Drop for Socket {
     fn drop(&mut self) {
         metrics::OPEN.dec();
     }
@@ -106,7 +74,7 @@ impl Drop for Conn {
 #[must_use = "dropping a transport closes it"]
 pub struct VsockTransport {
     // `None` once closed.
-    conn: Option<Arc<Conn>>,
+    conn: Option<Conn<Socket>>,
     peer: Peer,
 }
 
@@ -125,22 +93,13 @@ impl VsockTransport {
         let socket =
             UnixStream::from_std(socket).map_err(TransportError::io("watch the socket"))?;
         metrics::OPEN.inc();
-        let conn = Conn {
-            socket,
-            closing: AtomicBool::new(false),
-            viewed: AtomicBool::new(false),
-            reader: AtomicWaker::new(),
-            writer: AtomicWaker::new(),
-            view_gone: Notify::new(),
-            lease,
-        };
         Ok(Self {
-            conn: Some(Arc::new(conn)),
+            conn: Some(Conn::new(Socket(socket), lease)),
             peer,
         })
     }
 
-    fn conn(&self) -> Result<&Arc<Conn>, TransportError> {
+    fn conn(&self) -> Result<&Conn<Socket>, TransportError> {
         self.conn
             .as_ref()
             .ok_or(TransportError::NotUsable { state: "closed" })
@@ -155,7 +114,7 @@ impl VsockTransport {
     /// Says whom the VM is held for from now on.
     pub fn rename_holder(&self, holder: Holder) {
         if let Some(conn) = &self.conn {
-            conn.lease.rename(holder);
+            conn.lease().rename(holder);
         }
     }
 
@@ -166,13 +125,9 @@ impl VsockTransport {
     /// # Errors
     /// [`TransportError::NotUsable`] while another view exists.
     pub fn io(&self) -> Result<TransportIo, TransportError> {
-        let conn = self.conn()?;
-        if conn.viewed.swap(true, Ordering::AcqRel) {
-            return Err(TransportError::NotUsable { state: "in use" });
-        }
-        Ok(TransportIo {
-            conn: Arc::clone(conn),
-        })
+        let view = self.conn()?.view();
+        let view = view.ok_or(TransportError::NotUsable { state: "in use" })?;
+        Ok(TransportIo { view })
     }
 
     /// A transport with a descriptor (close-on-exec) and a lease of its own on
@@ -183,11 +138,12 @@ impl VsockTransport {
     pub fn try_dup(&self) -> Result<Self, TransportError> {
         let conn = self.conn()?;
         let fd = conn
-            .socket
+            .socket()
+            .0
             .as_fd()
             .try_clone_to_owned()
             .map_err(TransportError::io("duplicate"))?;
-        Self::adopt(fd, self.peer.clone(), conn.lease.clone())
+        Self::adopt(fd, self.peer.clone(), conn.lease().clone())
     }
 
     /// Ends the view, waits until it is gone, then closes the descriptor and
@@ -197,17 +153,7 @@ impl VsockTransport {
             return CloseReport::default();
         };
         conn.begin_close();
-        let unused = async {
-            loop {
-                let gone = conn.view_gone.notified();
-                tokio::pin!(gone);
-                gone.as_mut().enable();
-                if !conn.viewed.load(Ordering::Acquire) {
-                    return;
-                }
-                gone.await;
-            }
-        };
+        let unused = poll_fn(|cx| conn.poll_unused(cx));
         let outcome = match by.run(unused).await {
             Ok(()) => Outcome::Clean,
             // Closing the number under a reader would let it be reused: it is
@@ -234,14 +180,7 @@ impl Drop for VsockTransport {
 /// so the ends of streams are frames (see [`crate::session`]).
 #[derive(Debug)]
 pub struct TransportIo {
-    conn: Arc<Conn>,
-}
-
-impl Drop for TransportIo {
-    fn drop(&mut self) {
-        self.conn.viewed.store(false, Ordering::Release);
-        self.conn.view_gone.notify_waiters();
-    }
+    view: View<Socket>,
 }
 
 impl AsyncRead for TransportIo {
@@ -250,12 +189,10 @@ impl AsyncRead for TransportIo {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let conn = &self.conn;
-        conn.reader.register(cx.waker());
         loop {
-            conn.check_open()?;
-            ready!(conn.socket.poll_read_ready(cx))?;
-            match conn.socket.try_read(buf.initialize_unfilled()) {
+            let Socket(socket) = self.view.socket(Direction::Read, cx)?;
+            ready!(socket.poll_read_ready(cx))?;
+            match socket.try_read(buf.initialize_unfilled()) {
                 Ok(count) => {
                     buf.advance(count);
                     return Poll::Ready(Ok(()));
@@ -280,13 +217,11 @@ impl AsyncWrite for TransportIo {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let conn = &self.conn;
-        conn.writer.register(cx.waker());
         let buf = buf.get(..MAX_WRITE).unwrap_or(buf);
         loop {
-            conn.check_open()?;
-            ready!(conn.socket.poll_write_ready(cx))?;
-            match conn.socket.try_write(buf) {
+            let Socket(socket) = self.view.socket(Direction::Write, cx)?;
+            ready!(socket.poll_write_ready(cx))?;
+            match socket.try_write(buf) {
                 Err(error) if is_retried(&error) => {}
                 result => return Poll::Ready(result),
             }
@@ -299,5 +234,71 @@ impl AsyncWrite for TransportIo {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::lease::{HolderKind, LeaseSet};
+
+    fn adopted() -> (VsockTransport, UnixStream) {
+        let (ours, theirs) = net::UnixStream::pair().unwrap();
+        let lease = LeaseSet::new("vm")
+            .issue(Holder::new(HolderKind::Session, "test"))
+            .unwrap();
+        let transport =
+            VsockTransport::adopt(ours.into(), Peer::Guest(VsockPort::SESSIONS), lease).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        (transport, UnixStream::from_std(theirs).unwrap())
+    }
+
+    fn flags(fd: impl AsFd) -> FdFlag {
+        FdFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFD).unwrap())
+    }
+
+    /// The call that found the descriptor dead in the seed.
+    #[tokio::test]
+    async fn l1_the_descriptor_is_valid_by_fcntl_after_every_other_copy_went_away() {
+        let (transport, mut peer) = adopted();
+        let mut io = transport.io().unwrap();
+        let copies: Vec<_> = (0..3).map(|_| transport.try_dup().unwrap()).collect();
+        for copy in copies {
+            assert!(copy.close(Deadline::after(Duration::ZERO)).await.is_clean());
+        }
+        // The owner, too: the view is the last copy.
+        drop(transport);
+        let cx = &Context::from_waker(std::task::Waker::noop());
+        assert!(io.view.socket(Direction::Read, cx).is_err(), "unusable");
+        assert!(flags(&io.view.descriptor().0).contains(FdFlag::FD_CLOEXEC));
+        assert!(peer.try_read(&mut [0]).is_err(), "not yet at its end");
+        assert!(io.write_all(b"x").await.is_err());
+        drop(io);
+        assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn l2_a_duplicate_is_valid_by_fcntl_and_closed_in_children() {
+        let (transport, _peer) = adopted();
+        let duplicate = transport.try_dup().unwrap();
+        assert!(
+            transport
+                .close(Deadline::after(Duration::ZERO))
+                .await
+                .is_clean()
+        );
+        let socket = duplicate.conn().unwrap().socket();
+        assert!(flags(&socket.0).contains(FdFlag::FD_CLOEXEC));
+        assert!(
+            duplicate
+                .close(Deadline::after(Duration::ZERO))
+                .await
+                .is_clean()
+        );
     }
 }

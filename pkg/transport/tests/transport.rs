@@ -12,6 +12,11 @@ use podhull_transport::{
 use podhull_types::{Deadline, VsockPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use storm::{STRANGER, Storm};
+
+#[path = "shared/storm.rs"]
+mod storm;
+
 fn adopted(leases: &LeaseSet) -> (VsockTransport, tokio::net::UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let lease = leases
@@ -152,16 +157,54 @@ async fn l3_close_wakes_a_blocked_writer() {
     assert!(writer.await.unwrap().is_err());
 }
 
+/// The counter is the process's: no other test here drops a transport unclosed.
 #[tokio::test]
-async fn l3_drop_without_close_is_counted_and_closes() {
+async fn l3_drop_without_close_closes_and_is_counted_and_close_is_not() {
     let leases = LeaseSet::new("vm");
-    let (transport, mut peer) = adopted(&leases);
     let before = metrics::DROPPED_UNCLOSED.get();
+    let (transport, mut peer) = adopted(&leases);
     drop(transport);
-    // Other tests of this process may add to it, never take away.
-    assert!(metrics::DROPPED_UNCLOSED.get() > before);
+    assert_eq!(metrics::DROPPED_UNCLOSED.get(), before + 1);
     assert!(leases.held().is_empty());
     assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+
+    let (transport, _peer) = adopted(&leases);
+    let (io, duplicate) = (transport.io().unwrap(), transport.try_dup().unwrap());
+    let closing = transport.close(Deadline::after(Duration::ZERO));
+    assert!(!closing.await.is_clean());
+    drop(io);
+    assert!(duplicate.close(soon()).await.is_clean());
+    assert_eq!(metrics::DROPPED_UNCLOSED.get(), before + 1);
+}
+
+/// A cancelled close goes on as a drop: nothing stays.
+#[tokio::test]
+async fn l3_a_cancelled_close_still_closes() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut peer) = adopted(&leases);
+    let io = transport.io().unwrap();
+    let closing = tokio::spawn(transport.close(soon()));
+    tokio::task::yield_now().await;
+    closing.abort();
+    assert!(closing.await.unwrap_err().is_cancelled());
+    drop(io);
+    assert!(leases.held().is_empty());
+    assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn l3_the_peers_end_is_read_and_closing_after_it_is_clean() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut peer) = adopted(&leases);
+    peer.write_all(b"last").await.unwrap();
+    drop(peer);
+    let mut received = Vec::new();
+    let mut io = transport.io().unwrap();
+    io.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, b"last");
+    drop(io);
+    assert!(transport.close(soon()).await.is_clean());
+    assert!(leases.held().is_empty());
 }
 
 #[tokio::test]
@@ -174,29 +217,31 @@ async fn a_write_is_at_most_16_kib() {
     assert!(transport.close(soon()).await.is_clean());
 }
 
-/// Opens and closes descriptors beside a transport in use: if one of ours were
-/// closed twice, a stranger's file would take its number and its bytes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l2_descriptor_numbers_are_never_taken_over() {
-    let storm = tokio::task::spawn_blocking(|| {
-        for _ in 0..20_000 {
-            drop(fs::File::open("/dev/zero").unwrap());
-        }
-    });
+    let storm = Storm::new();
     let leases = LeaseSet::new("vm");
     let before = open_sockets();
-    for round in 0..200u32 {
+    for round in 0..300u16 {
+        let round = u8::try_from(round % u16::from(STRANGER)).unwrap();
         let (transport, mut peer) = adopted(&leases);
         let duplicate = transport.try_dup().unwrap();
-        let _ = transport.close(soon()).await;
+        // Closed while it is read: the reader must not find a stranger's file.
+        let mut io = transport.io().unwrap();
+        let reader = tokio::spawn(async move { io.read(&mut [0; 16]).await });
+        tokio::task::yield_now().await;
+        assert!(transport.close(soon()).await.is_clean());
+        assert!(reader.await.unwrap().is_err());
         let mut io = duplicate.io().unwrap();
-        peer.write_u32(round).await.unwrap();
-        assert_eq!(io.read_u32().await.unwrap(), round);
+        peer.write_all(&[round; 16]).await.unwrap();
+        let mut received = [0; 16];
+        io.read_exact(&mut received).await.unwrap();
+        assert_eq!(received, [round; 16]);
         drop(io);
         assert!(duplicate.close(soon()).await.is_clean());
         assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
     }
-    storm.await.unwrap();
+    storm.end();
     assert!(leases.held().is_empty());
     // The other tests of this binary hold a few sockets at a time.
     assert!(open_sockets() < before + 100);

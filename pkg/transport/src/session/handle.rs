@@ -1,16 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The owner of a session.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use podhull_types::Deadline;
 use tokio::task::JoinHandle;
 
-use super::engine::{End, Shared, read_frames, write_frames};
+use super::engine::{read_frames, write_frames};
+use super::state::{End, Shared};
 use crate::error::SessionError;
 use crate::report::{CloseReport, Outcome};
 use crate::transport::{TransportIo, VsockTransport};
+
+/// What ending the tasks may take of a close whose deadline has passed.
+const ABORT_GRACE: Duration = Duration::from_millis(500);
 
 /// The session itself: owns the connection and its two tasks.
 ///
@@ -47,8 +53,7 @@ impl SessionHandle {
     /// Guest only: says how the process ended. The frame goes out after all
     /// bytes and ends of the outgoing streams.
     pub fn send_exit(&self, code: u8) {
-        self.shared.lock().exit_to_send = Some(code);
-        self.shared.to_write.notify_one();
+        self.shared.lock().send_exit(code);
     }
 
     /// Host only: the process's exit code. All its output has been received
@@ -57,36 +62,41 @@ impl SessionHandle {
     /// # Errors
     /// Why the session ended, if it did before the code came.
     pub async fn exit(&self) -> Result<u8, SessionError> {
-        self.shared
-            .wait_for(|state| {
+        poll_fn(|cx| {
+            self.shared.poll_for(cx, |state| {
                 let end = state.end.as_ref().map(|end| Err(end.error()));
                 state.exit.map(Ok).or(end)
             })
-            .await
+        })
+        .await
     }
 
     /// Resolves when the peer closed the session or the connection is lost.
     /// Cancel safe.
     pub async fn closed(&self) {
-        self.shared
-            .wait_for(|state| state.end.as_ref().map(drop))
-            .await;
+        poll_fn(|cx| {
+            self.shared
+                .poll_for(cx, |state| state.end.as_ref().map(drop))
+        })
+        .await;
     }
 
     /// Sends what is queued and CLOSE, then closes the transport: also if
     /// sending fails or the deadline passes.
     pub async fn close(mut self, by: Deadline) -> CloseReport {
-        self.shared.lock().close_wanted = true;
-        self.shared.to_write.notify_one();
+        self.shared.lock().want_close();
         let outcome = match by.run(&mut self.writer).await {
             Ok(Ok(())) => Outcome::Clean,
             Ok(Err(error)) => Outcome::Failed(format!("session writer: {error}")),
             Err(_) => Outcome::Forced("the peer takes no more bytes".into()),
         };
         let mut report = CloseReport::of("session", outcome);
-        self.shared.finish(End::Closed);
+        self.shared.lock().finish(End::Closed);
         self.abort_tasks();
         if let Some(transport) = self.transport.take() {
+            // Aborted tasks let go of the connection at once, but not before
+            // they had a turn.
+            let by = by.max(Deadline::after(ABORT_GRACE));
             report.extend(transport.close(by).await);
         }
         report
@@ -100,7 +110,7 @@ impl SessionHandle {
 
 impl Drop for SessionHandle {
     fn drop(&mut self) {
-        self.shared.finish(End::Closed);
+        self.shared.lock().finish(End::Closed);
         self.abort_tasks();
     }
 }

@@ -9,13 +9,14 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use podhull_types::{ContainerId, Deadline, ExecId, ProcessRef, Token};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::engine::{Shared, Side};
 use super::frame::{Frame, Stream, VERSION};
 use super::handle::SessionHandle;
+use super::state::{Shared, Side};
 use super::stream::{StreamReader, StreamWriter};
 use super::{GuestSession, HostSession};
 use crate::error::{ProtocolError, SessionError, TransportError};
 use crate::lease::{Holder, HolderKind};
+use crate::metrics;
 use crate::transport::{TransportIo, VsockTransport};
 
 const TARGET_PROCESS: u8 = 1;
@@ -162,9 +163,18 @@ pub async fn open_session(
             })
         }
         Err(error) => {
+            count(&error);
             close_logged(transport, by).await;
             Err(error)
         }
+    }
+}
+
+/// Counts a peer that does not even begin as it should; the caller, who knows
+/// what it wanted, logs it.
+fn count(error: &SessionError) {
+    if matches!(error, SessionError::Protocol(_) | SessionError::WrongToken) {
+        metrics::PROTOCOL_ERRORS.inc();
     }
 }
 
@@ -223,6 +233,7 @@ pub async fn receive_session(
             })
         }
         Err(error) => {
+            count(&error);
             close_logged(transport, by).await;
             Err(error)
         }

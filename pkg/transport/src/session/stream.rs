@@ -3,14 +3,14 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::engine::{Ending, Shared};
 use super::frame::{Frame, MAX_DATA, Stream};
+use super::state::{End, Ending, Shared};
+use crate::sync::Arc;
 
 /// Frames that wait to be written per stream: enough to keep the writer task
 /// busy, little to lose when the session ends.
@@ -35,12 +35,7 @@ impl StreamWriter {
     }
 
     fn end(&self, ending: Ending) {
-        if let Some(outgoing) = self.shared.lock().outgoing(self.stream)
-            && outgoing.ending == Ending::Open
-        {
-            outgoing.ending = ending;
-        }
-        self.shared.to_write.notify_one();
+        self.shared.lock().end_writing(self.stream, ending);
     }
 }
 
@@ -71,15 +66,14 @@ impl AsyncWrite for StreamWriter {
                 .queue
                 .push_back(Frame::Data(self.stream, bytes).encode());
             outgoing.credit -= count;
-            drop(state);
-            self.shared.to_write.notify_one();
+            state.wake_writer();
         }
         Poll::Ready(Ok(count))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut state = self.shared.lock();
-        let ended = state.end.as_ref().map(super::engine::End::error);
+        let ended = state.end.as_ref().map(End::error);
         match (state.outgoing(self.stream), ended) {
             (Some(outgoing), None) if !outgoing.queue.is_empty() => {
                 outgoing.waker = Some(cx.waker().clone());
@@ -131,7 +125,7 @@ impl AsyncRead for StreamReader {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let mut state = self.shared.lock();
-        let ended = state.end.as_ref().map(super::engine::End::error);
+        let ended = state.end.as_ref().map(End::error);
         let Some(incoming) = state.incoming(self.stream) else {
             return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
         };
@@ -139,13 +133,10 @@ impl AsyncRead for StreamReader {
         if count > 0 {
             buf.put_slice(&incoming.buffer[..count]);
             incoming.buffer.advance(count);
-            if state.return_credit(self.stream, count) {
-                drop(state);
-                self.shared.to_write.notify_one();
-            }
+            state.return_credit(self.stream, count);
             return Poll::Ready(Ok(()));
         }
-        if incoming.eof {
+        if incoming.eof || buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
         if incoming.aborted {
@@ -162,10 +153,6 @@ impl AsyncRead for StreamReader {
 
 impl Drop for StreamReader {
     fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        if state.stop_reading(self.stream) {
-            drop(state);
-            self.shared.to_write.notify_one();
-        }
+        self.shared.lock().stop_reading(self.stream);
     }
 }

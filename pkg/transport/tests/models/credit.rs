@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Credit: a stream's user against the tasks of its session. The peer is played
+//! by the main thread; that two ends agree is shown in `session::state_tests`.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+
+use bytes::{Bytes, BytesMut};
+use loom::future::block_on;
+use loom::sync::Arc;
+use loom::thread;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::explore;
+use crate::session::frame::{Frame, MAX_DATA, Stream, WINDOW};
+use crate::session::state::{End, Shared, Side};
+use crate::session::stream::{StreamReader, StreamWriter};
+
+/// What is sent: more than the window.
+const BYTES: [u8; WINDOW + MAX_DATA] = [1, 2, 3, 4, 5, 6];
+const STREAM: Stream = Stream::Output;
+
+/// The next frame that an end writes.
+fn next(end: &Shared) -> Option<Frame> {
+    let bytes = block_on(poll_fn(|cx| end.poll_frame(cx)))?;
+    Frame::decode(&mut BytesMut::from(&bytes[..])).unwrap()
+}
+
+fn deliver(end: &Shared, frame: Frame) {
+    let over = end.lock().deliver(frame);
+    assert!(over.is_none(), "{over:?}");
+}
+
+fn write_all(writer: &mut StreamWriter, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = block_on(poll_fn(|cx| Pin::new(&mut *writer).poll_write(cx, bytes)))?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
+}
+
+fn end(mut writer: StreamWriter) {
+    block_on(poll_fn(|cx| Pin::new(&mut writer).poll_shutdown(cx))).unwrap();
+}
+
+fn read(reader: &mut StreamReader, received: &mut Vec<u8>) -> io::Result<usize> {
+    let mut space = [0; 3];
+    let mut buffer = ReadBuf::new(&mut space);
+    block_on(poll_fn(|cx| {
+        Pin::new(&mut *reader).poll_read(cx, &mut buffer)
+    }))?;
+    received.extend_from_slice(buffer.filled());
+    Ok(buffer.filled().len())
+}
+
+#[test]
+fn a_writer_without_credit_goes_on_when_it_comes() {
+    explore(4, || {
+        let guest = Shared::new(Side::Guest);
+        let mut writer = StreamWriter::new(&guest, STREAM);
+        let sender = thread::spawn(move || {
+            write_all(&mut writer, &BYTES).unwrap();
+            end(writer);
+        });
+        let mut received = Vec::new();
+        while let Some(Frame::Data(STREAM, bytes)) = next(&guest) {
+            received.extend_from_slice(&bytes);
+            deliver(&guest, Frame::Credit(STREAM, bytes.len()));
+        }
+        assert_eq!(received, BYTES, "all of it, before the end");
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn a_reader_gives_credit_for_what_it_reads() {
+    explore(4, || {
+        let host = Shared::new(Side::Host);
+        let mut reader = StreamReader::new(&host, STREAM);
+        let receiver = thread::spawn(move || {
+            let mut received = Vec::new();
+            while read(&mut reader, &mut received).unwrap() > 0 {}
+            received
+        });
+        let mut credit = WINDOW;
+        for piece in BYTES.chunks(MAX_DATA) {
+            while credit < piece.len() {
+                match next(&host) {
+                    Some(Frame::Credit(STREAM, more)) => credit += more,
+                    other => panic!("{other:?}"),
+                }
+            }
+            credit -= piece.len();
+            deliver(&host, Frame::Data(STREAM, Bytes::copy_from_slice(piece)));
+        }
+        deliver(&host, Frame::Eof(STREAM));
+        assert_eq!(receiver.join().unwrap(), BYTES);
+    });
+}
+
+#[test]
+fn a_reader_that_goes_away_frees_a_writer_without_credit() {
+    explore(4, || {
+        let guest = Shared::new(Side::Guest);
+        let mut writer = StreamWriter::new(&guest, STREAM);
+        let sender = thread::spawn(move || write_all(&mut writer, &BYTES));
+        deliver(&guest, Frame::Stop(STREAM));
+        let error = sender.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    });
+}
+
+#[test]
+fn the_end_of_a_session_frees_reader_writer_and_tasks() {
+    explore(2, || {
+        let host = Shared::new(Side::Host);
+        let mut writer = StreamWriter::new(&host, Stream::Input);
+        let mut reader = StreamReader::new(&host, STREAM);
+        let sender = thread::spawn(move || {
+            write_all(&mut writer, &BYTES).unwrap_err();
+        });
+        let receiver = thread::spawn(move || {
+            read(&mut reader, &mut Vec::new()).unwrap_err();
+        });
+        let task = {
+            let host = Arc::clone(&host);
+            thread::spawn(move || while next(&host).is_some() {})
+        };
+        host.lock().finish(End::Closed);
+        for thread in [sender, receiver, task] {
+            thread.join().unwrap();
+        }
+    });
+}
