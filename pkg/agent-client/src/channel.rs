@@ -25,6 +25,26 @@ const ABORT_GRACE: Duration = Duration::from_millis(500);
 ///
 /// Close it with [`close`](Self::close). Dropping it ends its tasks and drops
 /// the transport, which is counted. Fields are dropped in closing order.
+///
+/// Whoever has the channel has its transport, and cannot keep one of the two:
+/// ```
+/// # async fn f(connected: podhull_agent_client::Connected, by: podhull_types::Deadline) {
+/// let channel = connected.channel;
+/// assert!(channel.close(by).await.is_clean());
+/// # }
+/// ```
+/// ```compile_fail,E0616
+/// # async fn f(connected: podhull_agent_client::Connected, by: podhull_types::Deadline) {
+/// let transport = connected.channel.transport;
+/// # }
+/// ```
+/// ```compile_fail,E0382
+/// # async fn f(connected: podhull_agent_client::Connected, by: podhull_types::Deadline) {
+/// let channel = connected.channel;
+/// assert!(channel.close(by).await.is_clean());
+/// assert!(channel.client().is_ok());
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct AgentChannel {
     /// `None` once closing began.
@@ -130,6 +150,9 @@ impl AgentChannel {
         let last = Deadline::after(ABORT_GRACE).max(by);
         let joined = last.run(self.executor.joined()).await;
         let outcome = match joined {
+            Ok(()) if self.executor.has_panicked() => {
+                Outcome::Failed("a task of gRPC panicked".into())
+            }
             Ok(()) => outcome,
             Err(_) => Outcome::Failed("gRPC's tasks do not end".into()),
         };
@@ -144,5 +167,119 @@ impl AgentChannel {
 impl Drop for AgentChannel {
     fn drop(&mut self) {
         self.executor.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net;
+    use std::sync::mpsc;
+
+    use hyper::rt::Executor;
+    use podhull_api::agent::PingRequest;
+    use podhull_transport::{LeaseSet, Peer};
+    use podhull_types::VsockPort;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn after(milliseconds: u64) -> Deadline {
+        Deadline::after(Duration::from_millis(milliseconds))
+    }
+
+    /// A channel whose peer takes bytes and answers none.
+    async fn channel(leases: &LeaseSet) -> (AgentChannel, UnixStream) {
+        let (ours, theirs) = net::UnixStream::pair().unwrap();
+        let holder = Holder::new(HolderKind::Control, "test");
+        let lease = leases.issue(holder).unwrap();
+        let transport =
+            VsockTransport::adopt(ours.into(), Peer::Guest(VsockPort::READY), lease).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let channel = AgentChannel::establish(transport, after(5000)).await;
+        (channel.unwrap(), UnixStream::from_std(theirs).unwrap())
+    }
+
+    fn outcomes(report: &CloseReport) -> Vec<(&'static str, &Outcome)> {
+        report.steps().collect()
+    }
+
+    #[tokio::test]
+    async fn l4_grpc_shutdown_panic_still_closes_transport() {
+        let leases = LeaseSet::new("vm");
+        let (channel, mut peer) = channel(&leases).await;
+        channel
+            .executor
+            .execute(Box::pin(async { panic!("on purpose") }));
+        let report = channel.close(after(5000)).await;
+        let failed = Outcome::Failed("a task of gRPC panicked".into());
+        assert_eq!(
+            outcomes(&report),
+            [("grpc", &failed), ("transport", &Outcome::Clean)]
+        );
+        assert!(leases.held().is_empty());
+        peer.read_to_end(&mut Vec::new()).await.unwrap();
+    }
+
+    /// A task that no abort can end: it never comes to an await.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn l4_grpc_shutdown_that_cannot_be_ended_still_closes_transport() {
+        let leases = LeaseSet::new("vm");
+        let (channel, mut peer) = channel(&leases).await;
+        let (let_go, held) = mpsc::channel::<()>();
+        let stuck = async move { assert!(held.recv().is_err()) };
+        channel.executor.execute(Box::pin(stuck));
+        let report = channel.close(after(50)).await;
+        let failed = Outcome::Failed("gRPC's tasks do not end".into());
+        assert_eq!(
+            outcomes(&report),
+            [("grpc", &failed), ("transport", &Outcome::Clean)]
+        );
+        assert!(leases.held().is_empty());
+        peer.read_to_end(&mut Vec::new()).await.unwrap();
+        drop(let_go);
+    }
+
+    #[tokio::test]
+    async fn l4_a_cancelled_close_still_closes_transport() {
+        let leases = LeaseSet::new("vm");
+        let (channel, mut peer) = channel(&leases).await;
+        // A call that is not answered keeps gRPC from ending.
+        let mut client = channel.client().unwrap();
+        let call = tokio::spawn(async move { client.ping(PingRequest::default()).await.map(drop) });
+        tokio::task::yield_now().await;
+        let closing = tokio::spawn(channel.close(after(60_000)));
+        tokio::task::yield_now().await;
+        closing.abort();
+        assert!(closing.await.unwrap_err().is_cancelled());
+        assert!(call.await.unwrap().is_err(), "the waiter is answered");
+        assert_eq!(leases.drained(after(5000)).await, Ok(()));
+        peer.read_to_end(&mut Vec::new()).await.unwrap();
+    }
+
+    /// Closing is done when the descriptor is closed: its number may be taken.
+    #[tokio::test]
+    async fn l4_nothing_holds_the_transport_once_close_returned() {
+        let leases = LeaseSet::new("vm");
+        for _ in 0..50 {
+            let (channel, peer) = channel(&leases).await;
+            drop(peer);
+            let report = channel.close(after(5000)).await;
+            assert!(report.is_clean(), "{report}");
+            assert!(leases.held().is_empty());
+        }
+    }
+
+    /// A client that somebody keeps keeps nothing else.
+    #[tokio::test]
+    async fn l4_a_client_outlives_its_channel_without_the_transport() {
+        let leases = LeaseSet::new("vm");
+        let (channel, mut peer) = channel(&leases).await;
+        let mut client = channel.client().unwrap();
+        let report = channel.close(after(50)).await;
+        assert_eq!(outcomes(&report)[1], ("transport", &Outcome::Clean));
+        assert!(leases.held().is_empty());
+        assert!(client.ping(PingRequest::default()).await.is_err());
+        peer.read_to_end(&mut Vec::new()).await.unwrap();
     }
 }

@@ -7,6 +7,8 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -15,6 +17,7 @@ use tokio_util::task::TaskTracker;
 pub(crate) struct OwnExecutor {
     tasks: TaskTracker,
     cancel: CancellationToken,
+    panicked: Arc<AtomicBool>,
 }
 
 impl OwnExecutor {
@@ -22,6 +25,11 @@ impl OwnExecutor {
     pub(crate) async fn joined(&self) {
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Whether one of the tasks panicked. The others went on.
+    pub(crate) fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::Relaxed)
     }
 
     /// Ends the tasks at their next await.
@@ -33,9 +41,23 @@ impl OwnExecutor {
 impl hyper::rt::Executor<Pin<Box<dyn Future<Output = ()> + Send>>> for OwnExecutor {
     fn execute(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) {
         let cancel = self.cancel.clone();
+        let witness = Witness(Arc::clone(&self.panicked));
         self.tasks.spawn(async move {
+            let _witness = witness;
             // `None`: cancelled; dropping the task drops the I/O it holds.
             let _ = cancel.run_until_cancelled(task).await;
         });
+    }
+}
+
+/// Dropped with the task that it was given to; tells if a panic did that.
+#[derive(Debug)]
+struct Witness(Arc<AtomicBool>);
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
     }
 }

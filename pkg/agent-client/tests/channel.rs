@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use podhull_agent_client::{AgentChannel, AgentError, RpcKind, wait_for_agent};
 use podhull_api::agent::PingRequest;
+use podhull_transport::metrics::DROPPED_UNCLOSED;
 use podhull_transport::{
     CloseReport, GuestTimes, Holder, HolderKind, LeaseSet, Outcome, Peer, VsockListener,
     VsockTransport, announce,
 };
 use podhull_types::{Deadline, Token, VsockPort};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::service::Routes;
 
@@ -85,6 +86,23 @@ async fn l5_the_first_call_may_come_late() {
     assert!(leases.held().is_empty());
 }
 
+/// 30 s pass between connecting and the first call, on the clock that gRPC sees.
+#[tokio::test]
+async fn l5_the_first_call_may_come_after_30_s() {
+    let leases = LeaseSet::new("vm");
+    let (transport, peer) = pair(&leases);
+    let _server = serve(peer);
+    let channel = AgentChannel::establish(transport, after(5000))
+        .await
+        .unwrap();
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    tokio::time::resume();
+    assert!(is_answer(ping(&channel, after(5000)).await));
+    assert!(channel.close(after(5000)).await.is_clean());
+    assert!(leases.held().is_empty());
+}
+
 #[tokio::test]
 async fn l5_a_vm_that_is_gone_is_an_error_at_once() {
     let leases = LeaseSet::new("vm");
@@ -127,6 +145,46 @@ async fn l4_a_hanging_grpc_shutdown_still_closes_the_transport() {
     assert!(pending.await.unwrap().is_err(), "the waiter is answered");
     let mut rest = Vec::new();
     deaf.read_to_end(&mut rest).await.unwrap();
+}
+
+/// The peer speaks no HTTP/2: gRPC's connection fails.
+#[tokio::test]
+async fn l4_grpc_shutdown_error_still_closes_transport() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut stranger) = pair(&leases);
+    let channel = AgentChannel::establish(transport, after(5000))
+        .await
+        .unwrap();
+    stranger.write_all(&[0xff; 256]).await.unwrap();
+    let error = ping(&channel, after(5000)).await.unwrap_err();
+    assert!(
+        matches!(error, AgentError::VmGone { method: "Ping" }),
+        "{error:?}"
+    );
+    let report = channel.close(after(5000)).await;
+    assert_eq!(step(&report, "transport"), Outcome::Clean, "{report}");
+    assert!(leases.held().is_empty());
+    let ended = stranger.read_to_end(&mut Vec::new()).await;
+    assert!(ended.is_ok());
+}
+
+/// Dropped without close: nothing stays, and that is counted.
+#[tokio::test]
+async fn l4_a_channel_dropped_unclosed_ends_its_calls_and_is_counted() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut deaf) = pair(&leases);
+    let channel = AgentChannel::establish(transport, after(5000))
+        .await
+        .unwrap();
+    let mut client = channel.client().unwrap();
+    let pending = tokio::spawn(async move { client.ping(PingRequest::default()).await });
+    tokio::task::yield_now().await;
+    let before = DROPPED_UNCLOSED.get();
+    drop(channel);
+    assert!(DROPPED_UNCLOSED.get() > before);
+    assert!(pending.await.unwrap().is_err(), "the waiter is answered");
+    assert_eq!(leases.drained(after(5000)).await, Ok(()));
+    deaf.read_to_end(&mut Vec::new()).await.unwrap();
 }
 
 #[tokio::test]

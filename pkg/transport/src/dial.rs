@@ -47,6 +47,31 @@ impl fmt::Display for GuestAddress {
 impl GuestAddress {
     /// Connects to `port` of the guest. Cancel safe: nothing stays open.
     ///
+    /// It takes a lease on the VM, which only its [`LeaseSet`](crate::LeaseSet)
+    /// hands out:
+    /// ```
+    /// # use podhull_transport::*;
+    /// # use podhull_types::{Deadline, VsockPort};
+    /// # async fn f(guest: GuestAddress, lease: Lease, by: Deadline) {
+    /// let transport = guest.dial(VsockPort::SESSIONS, lease, by).await;
+    /// # }
+    /// ```
+    /// ```compile_fail,E0061
+    /// # use podhull_transport::*;
+    /// # use podhull_types::{Deadline, VsockPort};
+    /// # async fn f(guest: GuestAddress, by: Deadline) {
+    /// let transport = guest.dial(VsockPort::SESSIONS, by).await;
+    /// # }
+    /// ```
+    /// ```compile_fail,E0382
+    /// # use podhull_transport::*;
+    /// # use podhull_types::{Deadline, VsockPort};
+    /// # async fn f(guest: GuestAddress, lease: Lease, by: Deadline) {
+    /// let first = guest.dial(VsockPort::SESSIONS, lease, by).await;
+    /// let second = guest.dial(VsockPort::SESSIONS, lease, by).await;
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`TransportError::Dial`] or [`TransportError::Refused`] if the guest does
     /// not listen there, [`TransportError::Deadline`] if it did not answer.

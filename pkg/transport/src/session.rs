@@ -5,8 +5,9 @@
 //! Each stream has credit of its own, so one that nobody reads never holds up
 //! another. The ends of streams are frames because half-close does not survive
 //! most vsock backends. `frame` is the wire format, `state` what both ends agree
-//! on, `engine` the two tasks, `handle` who owns them and the transport, `stream` what users read and
-//! write, `open` how a session begins.
+//! on, `engine` the two tasks, `handle` who owns them and the transport,
+//! `stream` what users read and write, `open` how a session begins, `relay` a
+//! session that carries a TCP connection.
 
 mod engine;
 pub(crate) mod frame;

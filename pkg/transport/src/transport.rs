@@ -70,6 +70,37 @@ impl Drop for Socket {
 ///
 /// Close it with [`close`](Self::close); that reports. Dropping it unclosed
 /// closes it too, logs a warning and counts it.
+///
+/// One that is closed cannot be used, nor closed again:
+/// ```
+/// # use podhull_transport::VsockTransport;
+/// # async fn f(transport: VsockTransport, by: podhull_types::Deadline) {
+/// assert!(transport.io().is_ok());
+/// assert!(transport.close(by).await.is_clean());
+/// # }
+/// ```
+/// ```compile_fail,E0382
+/// # use podhull_transport::VsockTransport;
+/// # async fn f(transport: VsockTransport, by: podhull_types::Deadline) {
+/// assert!(transport.close(by).await.is_clean());
+/// assert!(transport.io().is_ok());
+/// # }
+/// ```
+/// ```compile_fail,E0382
+/// # use podhull_transport::VsockTransport;
+/// # async fn f(transport: VsockTransport, by: podhull_types::Deadline) {
+/// assert!(transport.close(by).await.is_clean());
+/// assert!(transport.close(by).await.is_clean());
+/// # }
+/// ```
+/// Its descriptor is nobody else's, not even to look at:
+/// ```compile_fail,E0277
+/// # use podhull_transport::VsockTransport;
+/// fn take(_: impl std::os::fd::AsFd) {}
+/// # fn f(transport: &VsockTransport) {
+/// take(transport);
+/// # }
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping a transport closes it"]
 pub struct VsockTransport {
