@@ -11,7 +11,13 @@ show() {
   for row in "${table[@]}"; do printf '%-34s %8s  %s\n' $row; done
   printf '%-34s %8s\n' total $((SECONDS - started))
 }
-trap show EXIT
+# What still runs beside a stage that failed or was interrupted ends with the run: each job leads a process group.
+finish() {
+  local job
+  for job in "${pids[@]}"; do kill -- "-$job" 2>/dev/null || true; done
+  for job in "${pids[@]}"; do wait "$job" || true; done
+  show
+}
 
 # stage NAME COMMAND...: runs it, notes its time, ends the run if it fails.
 stage() {
@@ -22,22 +28,24 @@ stage() {
   fi
 }
 # background NAME COMMAND...: the same beside the stages that follow; joined by `join`.
-declare -A pids begun
+declare -A pids=() begun=()
+trap finish EXIT
 background() {
   local name=$1; shift
   begun[$name]=$SECONDS
-  "$@" >"$CACHE/$name.log" 2>&1 & pids[$name]=$!
+  setsid "$@" >"$CACHE/$name.log" 2>&1 & pids[$name]=$!
 }
 join() {
   local name=$1 result=ok
   wait "${pids[$name]}" || result=FAILED
+  unset "pids[$name]"
   table+=("$name $((SECONDS - begun[$name])) $result(beside)")
   [ "$result" = ok ] || { tail -40 "$CACHE/$name.log" >&2; exit 1; }
 }
 
 stage packages make -s packages
 background kernel make -s kernel
-background tools make -s tools
+background tools make -s tools streams
 background cargo-deny tests/setup/rust-tools.sh
 stage build-shim make -s shim
 stage build-guest make -s initramfs

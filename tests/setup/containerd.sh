@@ -17,13 +17,12 @@ build() {
   [ ${#wanted[@]} -eq 0 ] && return
   command -v go >/dev/null || die "building containerd $VERSION needs Go (https://go.dev/dl)"
   say "building containerd $VERSION, ctr and its runc shim with go install (about 2 minutes)"
-  local staging
-  staging=$(mktemp -d "$CACHE/bin/.containerd.XXXXXX")
-  # Only whole programs reach $BIN: a run that was interrupted leaves nothing half-made there.
-  GOBIN=$staging GOFLAGS=-trimpath go install -ldflags "-s -w -X $MODULE/version.Version=v$VERSION" "${wanted[@]}" \
-    || { rm -rf "$staging"; die "go install ${wanted[*]} failed"; }
+  staging containerd
+  # Only whole programs reach $BIN: a run that was interrupted leaves nothing half-made there. The modules can be
+  # removed as other files can.
+  GOBIN=$staging go install -trimpath -modcacherw -ldflags "-s -w -X $MODULE/version.Version=v$VERSION" "${wanted[@]}" \
+    || die "go install ${wanted[*]} failed"
   mkdir -p "$BIN"
   mv "$staging"/* "$BIN/"
-  rmdir "$staging"
 }
 locked containerd build

@@ -10,6 +10,9 @@ mkdir -p "$CACHE/bin" "$CACHE/locks"
 say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+# What Go fetches and builds is kept there, too, unless the environment says otherwise.
+export GOMODCACHE=${GOMODCACHE:-$CACHE/go/mod} GOCACHE=${GOCACHE:-$CACHE/go/build}
+
 # key FILE-OR-WORD... : a short hash of the files' contents and the words.
 key() {
   for part in "$@"; do
@@ -21,4 +24,12 @@ key() {
 locked() {
   local name=$1; shift
   ( flock 9; "$@" ) 9>"$CACHE/locks/$name"
+}
+
+# staging NAME : makes the folder $staging for a build under the lock NAME. It goes with the shell that `locked` runs
+# the build in, also when that is interrupted; what a killed one left goes now.
+staging() {
+  rm -rf "$CACHE/bin/.$1".*
+  staging=$(mktemp -d "$CACHE/bin/.$1.XXXXXX")
+  trap 'rm -rf "$staging"' EXIT
 }

@@ -9,14 +9,12 @@ BIN=$CACHE/bin/cargo-deny-$VERSION
 build() {
   if [ ! -x "$BIN/cargo-deny" ]; then
     say "building cargo-deny $VERSION with cargo install (several minutes, once)"
-    local staging
-    staging=$(mktemp -d "$CACHE/bin/.cargo-deny.XXXXXX")
+    staging rust-tools
     CARGO_TARGET_DIR="$staging/target" \
       cargo install --quiet --locked --no-track --root "$staging" --version "$VERSION" cargo-deny \
-      || { rm -rf "$staging"; die "cargo install cargo-deny $VERSION failed"; }
+      || die "cargo install cargo-deny $VERSION failed"
     mkdir -p "$BIN"
     mv "$staging/bin/cargo-deny" "$BIN/"
-    rm -rf "$staging"
   fi
   ln -sfn "cargo-deny-$VERSION/cargo-deny" "$CACHE/bin/cargo-deny"
 }

@@ -9,14 +9,12 @@ BIN=$CACHE/bin/vhost-device-vsock-$VERSION
 build() {
   [ -x "$BIN/vhost-device-vsock" ] && return
   say "building vhost-device-vsock $VERSION with cargo install (about 2 minutes)"
-  local staging
-  staging=$(mktemp -d "$CACHE/bin/.vhost-device-vsock.XXXXXX")
+  staging vsock-daemon
   # A target folder of its own: its dependencies are older than ours and shared with nothing.
   env -u CARGO_BUILD_TARGET CARGO_TARGET_DIR="$staging/target" \
     cargo install --quiet --locked --no-track --root "$staging" --version "$VERSION" vhost-device-vsock \
-    || { rm -rf "$staging"; die "cargo install vhost-device-vsock $VERSION failed"; }
+    || die "cargo install vhost-device-vsock $VERSION failed"
   mkdir -p "$BIN"
   mv "$staging/bin/vhost-device-vsock" "$BIN/"
-  rm -rf "$staging"
 }
 locked vsock-daemon build
