@@ -13,7 +13,10 @@ units_only=
 tree=$CACHE/mutations/tree
 done=$CACHE/mutations/$(git rev-parse --short HEAD)
 suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
-export CARGO_TARGET_DIR
+# A target folder of its own: cargo tells a workspace by what is in it, not by where it is, so what is built of the
+# broken tree would be taken for the checkout's.
+target=$CACHE/mutations/target
+export CARGO_TARGET_DIR=$target
 mkdir -p "$CACHE/mutations"
 [ -n "$units_only" ] || [ -x "$suite" ] || die "$suite is missing: run make test-cri first"
 
@@ -25,16 +28,15 @@ trap 'git worktree remove --force "$tree"' EXIT
 build() { # FILE: builds what FILE belongs to, and says where the suite finds it
   case $1 in
     pkg/guest-agent/*)
-      # A target folder of its own: a broken agent must not be taken for the real one.
-      ( cd "$tree" && CARGO_TARGET_DIR=$CACHE/mutations/target deploy/guest/build-agent.sh 2>&1 ) >"$tree.log" \
+      ( cd "$tree" && deploy/guest/build-agent.sh 2>&1 ) >"$tree.log" \
         || { tail -30 "$tree.log" >&2; return 1; }
       deploy/guest/build-initramfs.sh \
-        "$CACHE/mutations/target/agent/x86_64-unknown-linux-gnu/release/podhull-agent" "$tree.initramfs"
+        "$target/agent/x86_64-unknown-linux-gnu/release/podhull-agent" "$tree.initramfs"
       export PODHULL_INITRAMFS=$tree.initramfs ;;
     *)
       ( cd "$tree" && cargo build --locked -p containerd-shim-podhull-v2 2>&1 ) >"$tree.log" \
         || { tail -30 "$tree.log" >&2; return 1; }
-      export PODHULL_SHIM=$CARGO_TARGET_DIR/debug/containerd-shim-podhull-v2 ;;
+      export PODHULL_SHIM=$target/debug/containerd-shim-podhull-v2 ;;
   esac
 }
 

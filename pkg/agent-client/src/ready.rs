@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Waiting for the guest to come up.
 
+use std::time::Duration;
+
 use podhull_transport::{GuestTimes, TransportError, VsockListener, welcome};
 use podhull_types::{Deadline, Token};
 
 use crate::channel::AgentChannel;
 use crate::error::AgentError;
+
+/// How long a connection may take to say READY: an agent says it at once, and
+/// one that says nothing must not use up the whole deadline.
+const GREETING: Duration = Duration::from_secs(3);
 
 /// An agent that reported ready.
 #[derive(Debug)]
@@ -37,7 +43,7 @@ pub async fn wait_for_agent(
             })
             .and_then(|accepted| accepted)
             .map_err(AgentError::NotReady)?;
-        match welcome(&transport, token, by).await {
+        match welcome(&transport, token, by.at_most(GREETING)).await {
             Ok(times) => {
                 let channel = AgentChannel::establish(transport, by).await?;
                 return Ok(Connected { channel, times });

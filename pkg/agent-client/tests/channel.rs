@@ -289,6 +289,28 @@ async fn l6_strangers_are_turned_away_until_the_agent_comes() {
     assert!(leases.held().is_empty());
 }
 
+/// Whoever connects and says nothing is one connection, not the end of waiting.
+#[tokio::test(start_paused = true)]
+async fn l6_a_silent_stranger_does_not_keep_the_agent_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let leases = LeaseSet::new("vm");
+    let vm = folder.path().join("vm");
+    let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
+    let socket = folder.path().join("vm_1024");
+    let _silent = UnixStream::connect(&socket).await.unwrap();
+    let mut agent = UnixStream::connect(&socket).await.unwrap();
+    agent.write_all(b"PHREADY1").await.unwrap();
+    agent.write_all(&[0; 16]).await.unwrap();
+    let connected = wait_for_agent(&listener, &Token::from_bytes([3; 32]), after(60_000))
+        .await
+        .unwrap();
+    let mut welcome = [0; 8];
+    agent.read_exact(&mut welcome).await.unwrap();
+    assert_eq!(&welcome, b"PHTOKEN1");
+    assert_eq!(leases.held().len(), 1, "the stranger is gone");
+    let _ = connected.channel.close(after(1000)).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn l6_a_guest_that_never_comes_is_an_error_at_the_deadline() {
     let folder = tempfile::tempdir().unwrap();

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bytes_behind_the_answer_are_kept() {
+    async fn l7_a_dial_gives_a_transport_with_the_bytes_behind_the_answer() {
         assert_eq!(
             dial_answered(b"OK 1073741824\nhello").await.unwrap(),
             b"hello"

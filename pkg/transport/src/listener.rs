@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_that_is_gone_already_is_still_accepted() {
+    async fn l7_a_peer_that_is_gone_already_is_still_accepted() {
         let folder = tempfile::tempdir().unwrap();
         let vm = folder.path().join("vm");
         let listener =

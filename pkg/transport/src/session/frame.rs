@@ -113,6 +113,11 @@ impl Frame {
         }
     }
 
+    /// A DATA frame's bytes; the payload is copied once.
+    pub(crate) fn data(stream: Stream, payload: &[u8]) -> Bytes {
+        encode(DATA, stream as u8, payload)
+    }
+
     /// Takes the first frame out of `buffer`; `None` if it is not complete yet.
     ///
     /// A header that cannot be right is an error before its payload is awaited,

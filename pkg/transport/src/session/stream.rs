@@ -5,7 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
+use bytes::Buf;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frame::{Frame, MAX_DATA, Stream};
@@ -61,10 +61,9 @@ impl AsyncWrite for StreamWriter {
         }
         let count = buf.len().min(MAX_DATA).min(outgoing.credit);
         if count > 0 {
-            let bytes = Bytes::copy_from_slice(&buf[..count]);
             outgoing
                 .queue
-                .push_back(Frame::Data(self.stream, bytes).encode());
+                .push_back(Frame::data(self.stream, &buf[..count]));
             outgoing.credit -= count;
             state.wake_writer();
         }
