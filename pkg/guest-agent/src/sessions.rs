@@ -6,10 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use podhull_transport::{
-    GuestSession, IncomingSession, SessionTarget, VsockListener, VsockTransport, receive_session,
+    IncomingSession, SessionTarget, VsockListener, VsockTransport, receive_session, reset,
 };
 use podhull_types::{Deadline, ProcessRef, Token};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::containers::Containers;
@@ -17,7 +16,6 @@ use crate::stdio;
 
 /// Time for a session's first frame: the host sends it at once.
 const GREETING: Duration = Duration::from_secs(10);
-const BUFFER: usize = 64 * 1024;
 
 /// Accepts sessions until the listener ends. One that fails ends only itself.
 pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Containers) {
@@ -104,47 +102,10 @@ async fn forward(incoming: IncomingSession, port: u16, by: Deadline) {
         Ok(session) => session,
         Err(error) => {
             tracing::debug!(port, %error, "the host is gone");
-            return;
+            return reset(stream);
         }
     };
-    let GuestSession {
-        mut input,
-        mut output,
-        error,
-        handle,
-    } = session;
-    drop(error);
-    let (mut from_server, mut to_server) = stream.into_split();
-    let there = copy(&mut input, &mut to_server);
-    let back = copy(&mut from_server, &mut output);
-    let both = async {
-        let (there, back) = tokio::join!(there, back);
-        for result in [there, back] {
-            if let Err(error) = result {
-                tracing::debug!(port, %error, "forwarded connection cut");
-            }
-        }
-        handle.closed().await;
-    };
-    tokio::select! {
-        () = both => {}
-        () = handle.closed() => {}
-    }
-    let report = handle.close(Deadline::after(GREETING)).await;
-    tracing::debug!(port, %report, "forwarded connection closed");
-}
-
-/// Copies until the end, and passes that on: the other direction stays.
-async fn copy(
-    from: &mut (impl tokio::io::AsyncRead + Unpin),
-    to: &mut (impl tokio::io::AsyncWrite + Unpin),
-) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let count = from.read(&mut buffer).await?;
-        if count == 0 {
-            return to.shutdown().await;
-        }
-        to.write_all(&buffer[..count]).await?;
-    }
+    // Its end comes with the host's, or with the VM's.
+    let report = session.relay(stream, std::future::pending()).await;
+    tracing::debug!(port, ?report, "forwarded connection closed");
 }

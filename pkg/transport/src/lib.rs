@@ -34,7 +34,7 @@ pub use lease::{Closing, HeldLease, Holder, HolderKind, Lease, LeaseSet};
 pub use listener::VsockListener;
 pub use report::{CloseReport, Outcome};
 pub use session::{
-    GuestSession, HostSession, IncomingSession, SessionHandle, SessionTarget, StreamReader,
-    StreamWriter, open_session, receive_session,
+    GuestSession, HostSession, IncomingSession, RelayReport, SessionHandle, SessionTarget,
+    StreamReader, StreamWriter, open_session, receive_session, reset,
 };
 pub use transport::{Peer, TransportIo, VsockTransport};

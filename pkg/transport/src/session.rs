@@ -15,6 +15,7 @@ pub(crate) mod frame;
 mod frame_tests;
 mod handle;
 mod open;
+mod relay;
 pub(crate) mod state;
 #[cfg(test)]
 mod state_tests;
@@ -22,6 +23,7 @@ mod stream;
 
 pub use handle::SessionHandle;
 pub use open::{IncomingSession, SessionTarget, open_session, receive_session};
+pub use relay::{RelayReport, reset};
 pub use stream::{StreamReader, StreamWriter};
 
 /// The host's end of a session.
