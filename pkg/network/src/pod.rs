@@ -9,8 +9,9 @@ use podhull_types::Deadline;
 
 use crate::error::NetworkError;
 use crate::inside::inside;
+use crate::loopback::LoopbackListener;
 use crate::read::{self, GuestNetwork};
-use crate::{sys, wire};
+use crate::{redirect, sys, wire};
 
 /// The tap's name in the pod's namespace.
 const TAP: &str = "podhull0";
@@ -103,6 +104,15 @@ impl PodNetwork {
         &self.guest
     }
 
+    /// Takes the connections that are made to the namespace's loopback. They are
+    /// redirected until [`detach`](Self::detach).
+    ///
+    /// # Errors
+    /// The step that the kernel refused; nothing is redirected then.
+    pub async fn listen_on_loopback(&self, by: Deadline) -> Result<LoopbackListener, NetworkError> {
+        LoopbackListener::open(&self.netns, by).await
+    }
+
     /// Unties the interface and lets the tap go. A namespace that is gone
     /// already has taken both with it.
     ///
@@ -121,10 +131,11 @@ impl PodNetwork {
 /// The step that the kernel refused.
 pub async fn sweep(netns: &Path, by: Deadline) -> Result<(), NetworkError> {
     let swept = inside(netns, by, |handle| async move {
+        let loopback = redirect::remove();
         for link in read::links(&handle).await? {
             wire::untie(&handle, link.header.index).await?;
         }
-        Ok(())
+        loopback
     })
     .await;
     match swept {
