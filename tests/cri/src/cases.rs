@@ -14,11 +14,14 @@ mod network;
 mod node;
 mod oracle;
 mod pod;
+mod reader;
 mod refusal;
 mod restart;
 mod security;
 mod session;
 mod shim;
+mod stats;
+mod task;
 
 use crate::case::Case;
 
@@ -30,12 +33,15 @@ pub(crate) fn all() -> Vec<Case> {
         concurrency::cases(),
         pod::cases(),
         container::cases(),
+        task::cases(),
+        stats::cases(),
         security::cases(),
         mount::cases(),
         cgroup::cases(),
         network::cases(),
         exec::cases(),
         session::cases(),
+        reader::cases(),
         event::cases(),
         refusal::cases(),
         confinement::cases(),

@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use podhull_testkit::cri::api::NamespaceMode;
 use podhull_testkit::image::BUSYBOX;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
@@ -16,6 +17,8 @@ use crate::context::Context;
 cases! {
     ALL:
         event_order_of_a_task_is_kept;
+    ALL_TWICE:
+        event_exit_comes_while_a_child_keeps_the_output;
 }
 
 const WITHIN: Duration = Duration::from_secs(30);
@@ -65,6 +68,30 @@ impl Events {
             .unwrap_or_default()
             .to_owned();
         Ok((topic, serde_json::from_str(json).unwrap_or(Value::Null)))
+    }
+
+    /// Waits for the exit of an added process and gives its code.
+    async fn exec_exit(&mut self, container: &str) -> Result<u64> {
+        let wait = async {
+            loop {
+                let (topic, event) = self.next().await?;
+                let of = (event["container_id"].as_str(), event["id"].as_str());
+                if topic == "/tasks/exit" && of.0 == Some(container) && of.1 != of.0 {
+                    return Ok(event["exit_status"].as_u64().unwrap_or(0));
+                }
+            }
+        };
+        let result = tokio::time::timeout(WITHIN, wait).await;
+        result.context("no exit of an added process came")?
+    }
+
+    /// Ends `ctr`, and what its subscription left.
+    async fn end(mut self, t: &Context) -> Result<()> {
+        let containerd = t.containerd().await;
+        let none = ["images", "label", BUSYBOX, "podhull.test/event="];
+        containerd.ctr(&none).await?;
+        self.ctr.kill().await?;
+        Ok(())
     }
 
     /// The topics about one process of a container, up to `last`.
@@ -131,10 +158,36 @@ async fn event_order_of_a_task_is_kept(t: &Context) -> Result<()> {
         ["create", "start", "exit 137", "delete"]
     );
     ensure!(pod.is_ready().await?, "the pod ended");
-    t.containerd()
-        .await
-        .ctr(&["images", "label", BUSYBOX, "podhull.test/event="])
-        .await?;
-    events.ctr.kill().await?;
-    Ok(())
+    events.end(t).await
+}
+
+async fn event_exit_comes_while_a_child_keeps_the_output(t: &Context) -> Result<()> {
+    let mut events = Events::subscribe(t).await?;
+    let (pod, container) = t.idle().await?;
+    let child = "(until [ -e /dev/shm/go ]; do sleep 0.1; done; echo late) & echo done";
+    let script = format!("{child}; exit 3");
+    let exec = container.shell(&script);
+    let watch = async {
+        let code = events.exec_exit(container.id()).await?;
+        // Its output goes on, and with it the client's call.
+        container.exec(["touch", "/dev/shm/go"]).await?.success()?;
+        anyhow::Ok(code)
+    };
+    let (output, code) = tokio::try_join!(exec, watch)?;
+    same!(code, 3);
+    same!((output.code, &*output.text()), (3, "done\nlate"));
+    // The end of a container's init process is that of all its processes, also
+    // where their PID namespace goes on.
+    let shared = t
+        .container(&pod, "shared")
+        .shell("sleep 4321 & echo done; exit 4")
+        .security(|security| {
+            let options = security.namespace_options.get_or_insert_default();
+            options.set_pid(NamespaceMode::Pod);
+        });
+    let shared = shared.start().await?;
+    same!(shared.exited(WITHIN).await?.exit_code, 4);
+    shared.wrote("done", WITHIN).await?;
+    shared.remove().await?;
+    events.end(t).await
 }
