@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Values that every podhull crate speaks of. No I/O, no state.
 //!
-//! Reading order: [`id`], [`exit`], [`port`], [`token`], [`deadline`], [`phase`].
+//! Reading order: [`id`], [`exit`], [`port`], [`token`], [`deadline`], [`phase`],
+//! [`chain`].
 
+pub mod chain;
 pub mod deadline;
 pub mod exit;
 pub mod id;
@@ -10,6 +12,7 @@ pub mod phase;
 pub mod port;
 pub mod token;
 
+pub use chain::chain;
 pub use deadline::{Deadline, Elapsed};
 pub use exit::ExitStatus;
 pub use id::{ContainerId, ExecId, IdError, ProcessRef, SandboxId};

@@ -1,19 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Children: started by a thread that outlives them, watched and signalled by
 //! pidfd, reaped once.
+//!
+//! A helper says one byte over a socket pair once it would die with us, and goes
+//! on when it is answered. The kernel names the sender, by our PIDs: that is the
+//! child. It may be another process than the one that was started, which has
+//! ended then: the first in a PID namespace cannot put itself there.
 
 use std::fs::File;
-use std::io::{self, Seek, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSliceMut, Seek, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt,
+};
 use podhull_types::Deadline;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid,
+};
 use serde::Serialize;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::sync::{oneshot, watch};
 
 use crate::console::Console;
@@ -22,10 +37,14 @@ use crate::sys;
 
 /// Where a helper finds its task.
 pub(crate) const TASK_FD: i32 = 3;
+/// A helper's end of the socket pair with us.
+pub(crate) const SHIM_FD: i32 = 4;
 /// The first of the descriptors that a child is given.
-pub(crate) const FIRST_FD: i32 = 4;
+pub(crate) const FIRST_FD: i32 = 5;
 /// Bytes of a child's standard error that are kept.
 const STDERR_BYTES: usize = 8 * 1024;
+/// How long the last words of one that has ended may be on their way.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// A child that was started as a helper of ours.
 #[derive(Debug, Clone)]
@@ -51,7 +70,8 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// Starts a process on the thread whose end would be the children's end: the
 /// kernel sends a parent-death signal when the *thread* that forked ends.
-async fn spawn_on_lasting_thread(mut command: Command) -> io::Result<std::process::Child> {
+/// Gives its PID; whoever called reaps it.
+async fn spawn_on_lasting_thread(mut command: Command) -> io::Result<Pid> {
     static THREAD: OnceLock<std::sync::mpsc::Sender<Job>> = OnceLock::new();
     let jobs = THREAD.get_or_init(|| {
         let (sender, jobs) = std::sync::mpsc::channel::<Job>();
@@ -65,78 +85,147 @@ async fn spawn_on_lasting_thread(mut command: Command) -> io::Result<std::proces
     let (sender, spawned) = oneshot::channel();
     let job: Job = Box::new(move || {
         // The receiver is gone only if the runtime is.
-        drop(sender.send(command.spawn()));
+        drop(sender.send(command.spawn().and_then(|process| pid_of(&process))));
     });
     jobs.send(job)
         .map_err(|_| io::Error::other("the starting thread is gone"))?;
     spawned.await.map_err(io::Error::other)?
 }
 
+/// A child that is not reaped yet, so that its PID is its own.
+#[derive(Debug)]
+struct Unreaped {
+    pid: Pid,
+    pidfd: Arc<OwnedFd>,
+    /// The same, to be watched.
+    ended: AsyncFd<OwnedFd>,
+}
+
+impl Unreaped {
+    /// Takes over our child `pid`; one that cannot be watched is killed.
+    fn adopt(pid: Pid) -> io::Result<Self> {
+        Self::adopt_with(pid, |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?))
+    }
+
+    fn adopt_with(pid: Pid, open: impl FnOnce(Pid) -> io::Result<OwnedFd>) -> io::Result<Self> {
+        let opened = open(pid).and_then(|pidfd| Ok((sys::watched(pidfd.try_clone()?)?, pidfd)));
+        match opened {
+            Ok((ended, pidfd)) => Ok(Self {
+                pid,
+                pidfd: Arc::new(pidfd),
+                ended,
+            }),
+            Err(error) => {
+                let killed = kill_process(pid, Signal::KILL);
+                let status = reap(pid);
+                tracing::debug!(%pid, ?killed, ?status, "a child that cannot be watched");
+                Err(error)
+            }
+        }
+    }
+
+    async fn kill(self) -> io::Result<ExitStatus> {
+        if let Err(errno) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            tracing::debug!(pid = %self.pid, %errno, "not killed");
+        }
+        self.ended().await
+    }
+
+    /// Waits for its end, and reaps it.
+    async fn ended(self) -> io::Result<ExitStatus> {
+        // Readable once the process is a zombie; an error would mean that the
+        // reactor is gone, and the process is waited for all the same.
+        let seen = self.ended.readable().await.map(drop);
+        tracing::trace!(pid = %self.pid, ?seen, "child ended");
+        reap(self.pid)
+    }
+}
+
+fn reap(pid: Pid) -> io::Result<ExitStatus> {
+    match waitpid(Some(pid), WaitOptions::empty())? {
+        Some((_, status)) => Ok(ExitStatus::from_raw(status.as_raw())),
+        None => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// Waits for a helper's byte; gives the PID of who sent it.
+async fn greeting(channel: &tokio::net::UnixStream) -> io::Result<Pid> {
+    let sender = channel
+        .async_io(Interest::READABLE, || {
+            let mut byte = [0];
+            let mut data = [IoSliceMut::new(&mut byte)];
+            let mut space = nix::cmsg_space!(UnixCredentials);
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let message = recvmsg::<()>(channel.as_raw_fd(), &mut data, Some(&mut space), flags)?;
+            if message.bytes == 0 {
+                return Ok(None);
+            }
+            Ok(message.cmsgs()?.find_map(|part| match part {
+                ControlMessageOwned::ScmCredentials(sender) => Some(sender.pid()),
+                _ => None,
+            }))
+        })
+        .await?;
+    let pid = sender.and_then(Pid::from_raw);
+    pid.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
 impl Child {
-    /// Starts `helper` as `role` with `task`.
+    /// Starts `helper` as `role` with `task`; done once the child would die with
+    /// us. It need not have become what it is to be.
     pub(crate) async fn start(
         name: &'static str,
         helper: &Path,
         role: &str,
         task: &impl Serialize,
         streams: Streams,
+        by: Deadline,
     ) -> Result<Self, VmmError> {
-        let system = VmmError::system::<io::Error>(name);
-        Self::try_start(name, helper, role, task, streams)
+        let failed = VmmError::system::<io::Error>;
+        let (said, stderr) = Console::new(STDERR_BYTES).map_err(failed(name))?;
+        let (mut channel, theirs) = channel().map_err(failed(name))?;
+        let command = command(helper, role, task, streams, stderr, theirs).map_err(failed(name))?;
+        let pid = spawn_on_lasting_thread(command)
             .await
-            .map_err(system)
-    }
-
-    async fn try_start(
-        name: &'static str,
-        helper: &Path,
-        role: &str,
-        task: &impl Serialize,
-        streams: Streams,
-    ) -> io::Result<Self> {
-        let mut file = File::from(memfd_create(c"task", MFdFlags::MFD_CLOEXEC)?);
-        file.write_all(&serde_json::to_vec(task)?)?;
-        file.rewind()?;
-        let (said, stderr) = Console::new(STDERR_BYTES)?;
-        let mut mappings = vec![FdMapping {
-            parent_fd: file.into(),
-            child_fd: TASK_FD,
-        }];
-        for (child_fd, parent_fd) in (FIRST_FD..).zip(streams.fds) {
-            mappings.push(FdMapping {
-                parent_fd,
-                child_fd,
+            .map_err(failed(name))?;
+        let first = Unreaped::adopt(pid).map_err(failed(name))?;
+        let greeted = by.run(greeting(&channel)).await;
+        let Ok(Ok(pid)) = greeted else {
+            let status = first.kill().await.map_err(failed(name))?;
+            said.ended(Deadline::after(LAST_WORDS)).await;
+            let said = said.tail();
+            return Err(match greeted {
+                Err(_) => VmmError::ChildSlow { name, said },
+                Ok(_) => VmmError::ChildDied {
+                    name,
+                    status: status.to_string(),
+                    said,
+                },
             });
+        };
+        let process = if pid == first.pid {
+            first
+        } else {
+            let status = first.ended().await;
+            tracing::trace!(name, ?status, "the child has a process of its own");
+            Unreaped::adopt(pid).map_err(failed(name))?
+        };
+        if let Err(error) = channel.write_all(&[0]).await {
+            let status = process.kill().await;
+            tracing::debug!(name, ?status, "the child does not listen");
+            return Err(failed(name)(error));
         }
-        let mut command = Command::new(helper);
-        command
-            .arg(role)
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(streams.stdout.map_or_else(Stdio::null, Stdio::from))
-            .stderr(stderr)
-            .fd_mappings(mappings)
-            .map_err(io::Error::other)?;
-        let mut process = spawn_on_lasting_thread(command).await?;
-        let raw = i32::try_from(process.id()).ok().and_then(Pid::from_raw);
-        let pid = raw.ok_or_else(|| io::Error::other("no PID"))?;
-        let pidfd = Arc::new(pidfd_open(pid, PidfdFlags::NONBLOCK)?);
+        let pidfd = Arc::clone(&process.pidfd);
         let (ended, exit) = watch::channel(None);
-        let ready = sys::watched(pidfd.try_clone()?)?;
         tokio::spawn(async move {
-            // Readable once the process is a zombie; an error would mean that
-            // the reactor is gone, and the process is waited for all the same.
-            let seen = ready.readable().await.map(drop);
-            let status = process.wait();
-            tracing::debug!(name, ?seen, ?status, "child ended");
+            let status = process.ended().await;
+            tracing::debug!(name, ?status, "child ended");
             ended.send_replace(status.ok());
         });
-        tracing::debug!(name, pid = process_id(pid), "child started");
+        tracing::debug!(name, %pid, "child started");
         Ok(Self {
             name,
-            pid: process_id(pid),
+            pid: pid.as_raw_nonzero().get().unsigned_abs(),
             pidfd,
             exit,
             said,
@@ -148,11 +237,6 @@ impl Child {
     pub(crate) fn lingering(mut self) -> Self {
         self.lingers = true;
         self
-    }
-
-    /// Whether it has to be asked to end once the VMM is gone.
-    pub(crate) fn lingers(&self) -> bool {
-        self.lingers
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -201,9 +285,14 @@ impl Child {
         self.signal(Signal::KILL);
     }
 
-    /// Waits until `grace` has passed, then asks it to end, then kills it.
-    /// Returns whether it had to be killed, or `None` if even that did not help.
+    /// Waits until `grace` has passed, then asks it to end, then kills it; one
+    /// that lingers is killed at once, which is its usual end. Returns whether it
+    /// had to be killed, or `None` if even that did not help.
     pub(crate) async fn end(&self, grace: Deadline, asked: Deadline, by: Deadline) -> Option<bool> {
+        if self.lingers {
+            self.kill();
+            return by.run(self.ended()).await.is_ok().then_some(false);
+        }
         if grace.run(self.ended()).await.is_ok() {
             return Some(false);
         }
@@ -216,6 +305,111 @@ impl Child {
     }
 }
 
-fn process_id(pid: Pid) -> u32 {
-    pid.as_raw_nonzero().get().unsigned_abs()
+/// A socket pair whose first end, ours, is told who sends.
+fn channel() -> io::Result<(tokio::net::UnixStream, OwnedFd)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    setsockopt(&ours, sockopt::PassCred, &true)?;
+    ours.set_nonblocking(true)?;
+    Ok((tokio::net::UnixStream::from_std(ours)?, theirs.into()))
+}
+
+fn command(
+    helper: &Path,
+    role: &str,
+    task: &impl Serialize,
+    streams: Streams,
+    stderr: OwnedFd,
+    channel: OwnedFd,
+) -> io::Result<Command> {
+    let mut file = File::from(memfd_create(c"task", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(task)?)?;
+    file.rewind()?;
+    let fds = [file.into(), channel].into_iter().chain(streams.fds);
+    let mappings = (TASK_FD..).zip(fds).map(|(child_fd, parent_fd)| FdMapping {
+        parent_fd,
+        child_fd,
+    });
+    let mut command = Command::new(helper);
+    command
+        .arg(role)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(streams.stdout.map_or_else(Stdio::null, Stdio::from))
+        .stderr(stderr)
+        .fd_mappings(mappings.collect())
+        .map_err(io::Error::other)?;
+    Ok(command)
+}
+
+fn pid_of(process: &std::process::Child) -> io::Result<Pid> {
+    let raw = i32::try_from(process.id()).ok().and_then(Pid::from_raw);
+    raw.ok_or_else(|| io::Error::other("no PID"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(10))
+    }
+
+    fn is_there(pid: Pid) -> bool {
+        Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists()
+    }
+
+    async fn start(helper: &Path, by: Deadline) -> Result<Child, VmmError> {
+        Child::start("test", helper, "1000", &(), Streams::default(), by).await
+    }
+
+    /// A helper that is a shell script.
+    fn helper(folder: &Path, script: &str) -> std::path::PathBuf {
+        let path = folder.join("helper");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn a_child_that_cannot_be_watched_is_killed_and_reaped() {
+        let command = Command::new("/usr/bin/yes");
+        let pid = spawn_on_lasting_thread(command).await.unwrap();
+        let refused = Unreaped::adopt_with(pid, |_| Err(io::ErrorKind::Other.into()));
+        assert!(refused.is_err());
+        assert!(!is_there(pid));
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_greets_is_the_child() {
+        let folder = tempfile::tempdir().unwrap();
+        let helper = helper(
+            folder.path(),
+            "printf x >&4; head -c 1 <&4 >/dev/null; exit 7",
+        );
+        let child = start(&helper, soon()).await.unwrap();
+        assert_eq!(child.ended().await, "exit status: 7");
+        assert!(child.has_ended());
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_ends_without_a_word_is_named_with_its_last_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let helper = helper(folder.path(), "echo no root >&2; exit 3");
+        let error = start(&helper, soon()).await.unwrap_err().to_string();
+        assert!(
+            error.contains("exit status: 3") && error.contains("no root"),
+            "{error}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_says_nothing_is_not_waited_for_ever() {
+        let by = Deadline::after(Duration::from_millis(50));
+        let error = start(Path::new("/bin/sleep"), by).await.unwrap_err();
+        assert!(matches!(error, VmmError::ChildSlow { .. }), "{error}");
+    }
 }

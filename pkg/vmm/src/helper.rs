@@ -6,14 +6,14 @@ pub mod jail;
 pub mod virtiofs;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 
-use crate::child::TASK_FD;
+use crate::child::{SHIM_FD, TASK_FD};
 use crate::sys;
 
 /// Runs the helper that `args` (without the program's name) name, if they name
@@ -29,7 +29,7 @@ pub fn helper_main(mut args: impl Iterator<Item = String>) -> Option<ExitCode> {
         Err(error) => {
             // Standard error is the parent's ring.
             let line = format!("{error}\n");
-            let written = io::Write::write_all(&mut io::stderr(), line.as_bytes());
+            let written = io::stderr().write_all(line.as_bytes());
             debug_assert!(written.is_ok());
             ExitCode::from(127)
         }
@@ -40,6 +40,11 @@ fn receive<T: DeserializeOwned>() -> io::Result<T> {
     let mut text = Vec::new();
     File::from(sys::inherited(TASK_FD)).read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text)?)
+}
+
+/// Our end of the socket pair with the shim.
+fn shim() -> UnixStream {
+    UnixStream::from(sys::inherited(SHIM_FD))
 }
 
 /// Names the step in an error.
@@ -60,14 +65,13 @@ fn join_cgroups(folders: &[PathBuf]) -> io::Result<()> {
     Ok(())
 }
 
-/// Dies with `parent`. The signal is lost by a change of user, so this comes
-/// after it; a parent that is gone already is noticed.
-fn die_with(parent: u32) -> io::Result<()> {
+/// Makes the calling process one that dies with the shim, and waits until the
+/// shim has noticed: one that was gone before does not answer. The parent-death
+/// signal is lost by a change of user and by a fork, so this comes after them.
+fn die_with_shim(mut shim: UnixStream) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(at("set the parent-death signal"))?;
-    if Pid::parent().as_raw().unsigned_abs() == parent {
-        Ok(())
-    } else {
-        Err(io::Error::other("the parent is gone"))
-    }
+    shim.write_all(&[0])
+        .and_then(|()| shim.read_exact(&mut [0]))
+        .map_err(at("wait for the shim"))
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use podhull_transport::{GuestAddress, LeaseSet, VsockListener};
-use podhull_types::Deadline;
+use podhull_types::{Deadline, chain};
 use tokio::sync::watch;
 
 use crate::accel::Acceleration;
@@ -71,7 +71,7 @@ pub async fn launch(config: VmConfig, by: Deadline) -> Result<Launched, VmmError
     if started.is_err() {
         let swept = sweep(&run_dir, Some(&cgroup), Deadline::after(KILLED)).await;
         if let Err(error) = swept {
-            tracing::warn!(%error, "a failed start left something");
+            tracing::warn!(error = chain(&error), "a failed start left something");
         }
     }
     started
@@ -95,7 +95,7 @@ async fn start(config: VmConfig, kernel: Kernel, by: Deadline) -> Result<Launche
     .start(leases.clone(), by)
     .await?;
     let mut children = Children(vsock.daemon.iter().cloned().collect());
-    let (file_server, fs_fd) = start_file_server(&config, folder, &cgroups).await?;
+    let (file_server, fs_fd) = start_file_server(&config, folder, &cgroups, by).await?;
     children.0.push(file_server);
     let (console, console_end) =
         Console::new(config.console_bytes).map_err(VmmError::system("make the console"))?;
@@ -133,7 +133,6 @@ async fn start(config: VmConfig, kernel: Kernel, by: Deadline) -> Result<Launche
         writable: false,
     };
     let task = jail::Task {
-        parent: std::process::id(),
         cgroups,
         root: folder.join("root-qemu"),
         binds: vec![
@@ -154,7 +153,15 @@ async fn start(config: VmConfig, kernel: Kernel, by: Deadline) -> Result<Launche
         stdout: Some(console_end),
         fds,
     };
-    let vmm = Child::start("qemu", &config.programs.helper, jail::ROLE, &task, streams).await?;
+    let vmm = Child::start(
+        "qemu",
+        &config.programs.helper,
+        jail::ROLE,
+        &task,
+        streams,
+        by,
+    )
+    .await?;
     children.0.push(vmm.clone());
     let vm = Arc::new(RunningVm {
         vmm,
@@ -200,13 +207,13 @@ async fn start_file_server(
     config: &VmConfig,
     folder: &Path,
     cgroups: &[PathBuf],
+    by: Deadline,
 ) -> Result<(Child, UnixStream), VmmError> {
     let path = folder.join("fs");
     let listener = UnixListener::bind(&path).map_err(VmmError::file("listen at", &path))?;
     let stream = UnixStream::connect(&path).map_err(VmmError::file("connect to", &path))?;
     fs::remove_file(&path).map_err(VmmError::file("remove", &path))?;
     let task = virtiofs::Task {
-        parent: std::process::id(),
         cgroups: cgroups.to_vec(),
         folder: config.share.clone(),
     };
@@ -215,7 +222,15 @@ async fn start_file_server(
         fds: vec![listener.into()],
     };
     let role = virtiofs::ROLE;
-    let child = Child::start("virtiofsd", &config.programs.helper, role, &task, streams).await?;
+    let child = Child::start(
+        "virtiofsd",
+        &config.programs.helper,
+        role,
+        &task,
+        streams,
+        by,
+    )
+    .await?;
     Ok((child, stream))
 }
 
@@ -332,9 +347,6 @@ impl Vm for RunningVm {
         // QEMU first: a guest that loses its devices would only panic.
         let mut grace = by.at_most(GUEST_ENDS);
         for child in self.children.0.iter().rev() {
-            if child.lingers() {
-                grace = Deadline::after(Duration::ZERO);
-            }
             let asked = Deadline::after(ASKED).max(grace).at_most(by.remaining());
             match child.end(grace, asked, by).await {
                 Some(false) => {}
@@ -346,7 +358,7 @@ impl Vm for RunningVm {
             grace = by.at_most(HELPER_ENDS);
         }
         if let Err(error) = sweep(&self.folder, Some(&self.cgroup), by).await {
-            report.problems.push(error.to_string());
+            report.problems.push(chain(&error));
         }
         report
     }

@@ -43,6 +43,21 @@ pub(crate) fn close_from(first: u32) -> io::Result<()> {
     }
 }
 
+/// Copies the calling process, as `fork` does, but as another child of its
+/// parent. True in the copy, which is the first process of a PID namespace that
+/// the caller has made.
+pub(crate) fn fork_for_parent() -> io::Result<bool> {
+    let flags = libc::c_long::from(libc::CLONE_PARENT | libc::SIGCHLD);
+    // SAFETY: called in a helper that has one thread, so the copy has no lock
+    // that nobody releases; without a stack of its own it goes on here, in a copy
+    // of the memory. The zeros are what the kernel takes on every architecture.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(pid == 0)
+}
+
 /// Gives the vhost device `device` the guest context id `cid`.
 pub(crate) fn set_guest_cid(device: &File, cid: u64) -> io::Result<()> {
     // SAFETY: the ioctl reads one u64, which outlives the call.

@@ -143,7 +143,6 @@ async fn start_daemon(
     std::os::unix::fs::chown(&ready_path, config.user, config.user)
         .map_err(VmmError::file("give away", &ready_path))?;
     let task = jail::Task {
-        parent: std::process::id(),
         cgroups: config.cgroups.clone(),
         root: config.root.clone(),
         binds: vec![Bind {
@@ -161,7 +160,8 @@ async fn start_daemon(
         ],
     };
     // It would wait for another VMM.
-    let daemon = Child::start(NAME, config.helper, jail::ROLE, &task, Streams::default())
+    let streams = Streams::default();
+    let daemon = Child::start(NAME, config.helper, jail::ROLE, &task, streams, by)
         .await?
         .lingering();
     let connected = connect(&daemon, &folder.join("vhost"), by).await;

@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 use nix::unistd::{Gid, Uid, execve, pivot_root, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
-use super::{at, die_with, join_cgroups};
+use super::{at, die_with_shim, join_cgroups, shim};
 use crate::child::FIRST_FD;
 use crate::sys;
 
@@ -44,8 +44,6 @@ pub(crate) struct Bind {
 /// A process to be confined.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Task {
-    /// PID of the shim.
-    pub(crate) parent: u32,
     pub(crate) cgroups: Vec<PathBuf>,
     /// An empty folder that becomes the jail's root.
     pub(crate) root: PathBuf,
@@ -64,18 +62,25 @@ pub(crate) fn run(task: &Task) -> io::Result<()> {
     // The jail's user must be able to enter what is made here.
     umask(Mode::S_IWGRP | Mode::S_IWOTH);
     sys::close_from(FIRST_FD.unsigned_abs() + task.fds).map_err(at("close descriptors"))?;
+    let shim = shim();
     join_cgroups(&task.cgroups)?;
     let namespaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS;
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWPID;
     unshare(namespaces).map_err(at("unshare"))?;
     build_root(task)?;
     enter_root(&task.root)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(at("forbid core dumps"))?;
     give_up_rights(task.user)?;
-    die_with(task.parent)?;
-    become_program(task)
+    // A new PID namespace is for children to come. This one is the shim's, so
+    // that nobody has to wait here, with the rights to see the node's processes.
+    if sys::fork_for_parent().map_err(at("fork"))? {
+        die_with_shim(shim)?;
+        become_program(task)?;
+    }
+    Ok(())
 }
 
 fn build_root(task: &Task) -> io::Result<()> {

@@ -18,7 +18,7 @@ use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::{at, die_with, join_cgroups};
+use super::{at, die_with_shim, join_cgroups, shim};
 use crate::child::FIRST_FD;
 use crate::config::SHARE_TAG;
 use crate::sys;
@@ -48,8 +48,6 @@ const CAPABILITIES: [Capability; 8] = [
 /// process inherits.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Task {
-    /// PID of the shim.
-    pub(crate) parent: u32,
     pub(crate) cgroups: Vec<PathBuf>,
     pub(crate) folder: PathBuf,
 }
@@ -58,7 +56,9 @@ pub(crate) fn run(task: Task) -> io::Result<()> {
     sys::close_from(FIRST_FD.unsigned_abs() + 1).map_err(at("close descriptors"))?;
     let listener = Listener::from(UnixListener::from(sys::inherited(FIRST_FD)));
     join_cgroups(&task.cgroups)?;
-    die_with(task.parent)?;
+    die_with_shim(shim())?;
+    // Also for the process that waits; the library takes its capabilities.
+    nix::sys::prctl::set_no_new_privs().map_err(at("set no_new_privs"))?;
     let limit = raise_fd_limit()?;
     let folder = task.folder.to_string_lossy().into_owned();
     let mut sandbox = Sandbox::new(folder, SandboxMode::Namespace, vec![], vec![]);
@@ -129,6 +129,5 @@ fn keep_capabilities() -> io::Result<()> {
     caps::clear(None, CapSet::Ambient).map_err(io::Error::other)?;
     caps::clear(None, CapSet::Inheritable).map_err(io::Error::other)?;
     caps::set(None, CapSet::Effective, &keep).map_err(io::Error::other)?;
-    caps::set(None, CapSet::Permitted, &keep).map_err(io::Error::other)?;
-    nix::sys::prctl::set_no_new_privs().map_err(at("set no_new_privs"))
+    caps::set(None, CapSet::Permitted, &keep).map_err(io::Error::other)
 }

@@ -41,12 +41,13 @@ fn has_no_rights(pid: u32) -> Result<()> {
         same!(capabilities(pid, set)?, 0, "{set} of {pid}");
     }
     same!(status(pid, "NoNewPrivs")?, "1");
-    for kind in ["mnt", "net", "ipc", "uts"] {
+    for kind in ["mnt", "net", "ipc", "uts", "pid"] {
         ensure!(
             namespace(pid, kind)? != namespace(std::process::id(), kind)?,
             "{pid} is in the node's {kind} namespace"
         );
     }
+    is_alone(pid)?;
     // Its root is not the node's.
     for folder in [
         "/", "/root", "/home", "/var", "/run", "/sys", "/proc", "/etc", "/dev",
@@ -60,10 +61,35 @@ fn has_no_rights(pid: u32) -> Result<()> {
     Ok(())
 }
 
+/// It is the first and only process of its PID namespace, and a child of the shim.
+fn is_alone(pid: u32) -> Result<()> {
+    let pids = status(pid, "NSpid")?;
+    same!(pids.split_whitespace().last(), Some("1"), "PIDs of {pid}");
+    let own = namespace(pid, "pid")?;
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let other = name.to_str().and_then(|name| name.parse().ok());
+        // One that has just ended is in no namespace.
+        if let Some(other) = other
+            && other != pid
+            && namespace(other, "pid").is_ok_and(|its| its == own)
+        {
+            bail!("{other} is in the PID namespace of {pid}");
+        }
+    }
+    Ok(())
+}
+
 async fn confinement_vmm_has_no_rights(t: &Context) -> Result<()> {
     let (pod, _container) = t.idle().await?;
     let pid = Processes::of(pod.id())?.pid(Role::Vmm)?;
     has_no_rights(pid)?;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    same!(
+        status(pid, "PPid")?,
+        shim.to_string(),
+        "who waits for the VMM"
+    );
     for mode in of_threads(pid, "Seccomp")? {
         same!(mode, "2", "a thread's seccomp mode");
     }
@@ -138,6 +164,18 @@ async fn confinement_file_server_keeps_only_its_capabilities(t: &Context) -> Res
             "the file server is in the node's {kind} namespace"
         );
     }
+    // The process that waits for it has nothing to do it with.
+    let waits: u32 = status(pid, "PPid")?.parse()?;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    same!(
+        status(waits, "PPid")?,
+        shim.to_string(),
+        "whose child {waits} is"
+    );
+    for set in SETS {
+        same!(capabilities(waits, set)?, 0, "{set} of the waiting process");
+    }
+    same!(status(waits, "NoNewPrivs")?, "1", "of the waiting process");
     Ok(())
 }
 
