@@ -7,7 +7,7 @@ use std::time::Duration;
 use oci_spec::runtime::LinuxResources;
 use podhull_api::agent;
 use podhull_storage::SharedTree;
-use podhull_types::{ContainerId, Deadline, ProcessRef};
+use podhull_types::{ContainerId, Deadline, ProcessRef, chain};
 
 use crate::ContainerStats;
 use crate::error::SandboxError;
@@ -278,8 +278,14 @@ async fn remove_tree(tree: Arc<SharedTree>, container: &ContainerId, by: Deadlin
     // Unmounting can block in the kernel.
     let removed = tokio::task::spawn_blocking(move || tree.remove_container(&id, by)).await;
     match removed {
+        // The guest, or the file server, still has something of what was detached.
+        Ok(Ok(report)) if !report.is_clean() || !report.detached.is_empty() => {
+            tracing::warn!(%container, ?report, "container's tree not quite removed");
+        }
         Ok(Ok(report)) => tracing::debug!(%container, ?report, "container's tree removed"),
-        Ok(Err(error)) => tracing::warn!(%container, %error, "container's tree not removed"),
+        Ok(Err(error)) => {
+            tracing::warn!(%container, error = chain(&error), "container's tree not removed");
+        }
         Err(error) => tracing::error!(%container, %error, "removing a container's tree died"),
     }
 }

@@ -83,7 +83,7 @@ pub enum SandboxError {
         reason: String,
     },
     /// The guest did not come up.
-    #[error("the guest did not come up: {source}; last console lines: {console}")]
+    #[error("the guest did not come up; last console lines: {console}")]
     NotReady {
         /// What was seen.
         #[source]
@@ -113,6 +113,9 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
+    /// What a shim left cannot be removed.
+    #[error("left: {}", .0.join("; "))]
+    Left(Vec<String>),
     /// A spec could not be encoded for the guest.
     #[error("encode {what} of container {container}")]
     Encode {
@@ -170,13 +173,15 @@ impl SandboxError {
             Self::WrongState { .. } => ErrorKind::WrongState,
             Self::Stopping(_) | Self::Suspect(_) | Self::VmDied { .. } => ErrorKind::Unavailable,
             Self::NotReady { .. } => ErrorKind::DeadlineExceeded,
-            Self::Storage(_) => ErrorKind::Invalid,
+            Self::Storage(error) if error.is_of_the_request() => ErrorKind::Invalid,
             Self::Agent(error) => agent_kind(error),
             Self::Transport(TransportError::Closing(_)) => ErrorKind::Unavailable,
             Self::Transport(TransportError::Deadline { .. }) => ErrorKind::DeadlineExceeded,
             Self::Fifo { .. }
             | Self::File { .. }
+            | Self::Left(_)
             | Self::Encode { .. }
+            | Self::Storage(_)
             | Self::Vmm(_)
             | Self::Network(_)
             | Self::Transport(_)
@@ -201,5 +206,34 @@ fn agent_kind(error: &AgentError) -> ErrorKind {
         AgentError::Closing | AgentError::VmGone { .. } => ErrorKind::Unavailable,
         AgentError::Deadline { .. } | AgentError::NotReady(_) => ErrorKind::DeadlineExceeded,
         _ => ErrorKind::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podhull_types::chain;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_did_not_come_up_tells_the_reason_once() {
+        let error = SandboxError::NotReady {
+            source: AgentError::Closing,
+            console: "no init".into(),
+        };
+        let text = chain(&error);
+        assert_eq!(text.matches("is closing").count(), 1, "{text}");
+        assert!(text.contains("no init"), "{text}");
+    }
+
+    #[test]
+    fn trouble_with_the_tree_is_no_fault_of_the_request() {
+        let of = |number| StorageError::Source {
+            path: "/volume".into(),
+            source: io::Error::from_raw_os_error(number),
+        };
+        // ENOENT, then EIO.
+        assert_eq!(SandboxError::from(of(2)).kind(), ErrorKind::Invalid);
+        assert_eq!(SandboxError::from(of(5)).kind(), ErrorKind::Internal);
     }
 }

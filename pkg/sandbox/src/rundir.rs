@@ -34,7 +34,7 @@ pub struct RunDir(PathBuf);
 /// the shared tree, which remove what they made.
 const SANDBOX_FILES: [&str; 2] = ["sandbox.json", "boot.json"];
 /// Files of the shim, which may outlive its sandbox: containerd still asks.
-const SHIM_FILES: [&str; 3] = ["shim.log", "shim.1", "shim.sock"];
+const SHIM_FILES: [&str; 5] = ["shim.log", "shim.1", "shim.sock", "shim.new", "shim.json"];
 
 impl RunDir {
     /// The folder of a sandbox; it need not exist.
@@ -93,6 +93,12 @@ impl RunDir {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.0.join("shim.sock")
+    }
+
+    /// Which process is the shim, for another that has to end it.
+    #[must_use]
+    pub fn shim(&self) -> PathBuf {
+        self.0.join("shim.json")
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> SandboxError {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum StorageError {
     /// A volume's source cannot be used.
-    #[error("bind source {}: {source}", path.display())]
+    #[error("bind source {}", path.display())]
     Source {
         /// The source on the host.
         path: PathBuf,
@@ -18,7 +18,7 @@ pub enum StorageError {
         source: io::Error,
     },
     /// A mount, file or folder of the tree.
-    #[error("{what} {}: {source}", path.display())]
+    #[error("{what} {}", path.display())]
     Path {
         /// What was being done.
         what: &'static str,
@@ -34,6 +34,23 @@ pub enum StorageError {
 }
 
 impl StorageError {
+    /// Whether what was asked for cannot be had: everything else is the node's
+    /// trouble, and may be gone at the next try.
+    #[must_use]
+    pub fn is_of_the_request(&self) -> bool {
+        match self {
+            Self::NoRootfs => true,
+            Self::Source { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::NotADirectory
+                    | io::ErrorKind::IsADirectory
+                    | io::ErrorKind::InvalidInput
+            ),
+            Self::Path { .. } => false,
+        }
+    }
+
     pub(crate) fn path<E: Into<io::Error>>(
         what: &'static str,
         path: impl Into<PathBuf>,
@@ -44,5 +61,23 @@ impl StorageError {
             path,
             source: source.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_source_is_of_the_request_and_trouble_is_not() {
+        let of = |kind: io::ErrorKind| StorageError::Source {
+            path: "/volume".into(),
+            source: kind.into(),
+        };
+        assert!(of(io::ErrorKind::NotFound).is_of_the_request());
+        assert!(StorageError::NoRootfs.is_of_the_request());
+        assert!(!of(io::ErrorKind::StaleNetworkFileHandle).is_of_the_request());
+        let full = StorageError::path("make", "/share")(io::Error::from_raw_os_error(28));
+        assert!(!full.is_of_the_request());
     }
 }

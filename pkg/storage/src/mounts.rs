@@ -4,14 +4,18 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use podhull_types::Deadline;
 
 use crate::error::StorageError;
 use crate::volume::{Propagation, RootfsMount, Volume};
 
 const NONE: Option<&str> = None;
+/// Pause between two tries to unmount: nothing tells when the last user is gone.
+const RETRY: Duration = Duration::from_millis(2);
 /// Most bytes of options that the kernel takes.
 const PAGE: usize = 4096;
 
@@ -211,14 +215,17 @@ pub(crate) fn make_shared(folder: &Path) -> Result<(), StorageError> {
     Ok(())
 }
 
-/// Undoes the topmost mount at `target`. Busy mounts are detached: they end
-/// with their last user, and the name is free at once.
-pub(crate) fn unmount(target: &Path) -> Result<Unmounted, StorageError> {
-    match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-        Ok(()) => return Ok(Unmounted::Clean),
-        Err(nix::Error::EBUSY) => {}
-        Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(Unmounted::Absent),
-        Err(errno) => return Err(StorageError::path("unmount", target)(errno)),
+/// Undoes the topmost mount at `target`. One that is in use until `by` is
+/// detached: it ends with its last user, and the name is free at once.
+pub(crate) fn unmount(target: &Path, by: Deadline) -> Result<Unmounted, StorageError> {
+    loop {
+        match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => return Ok(Unmounted::Clean),
+            Err(nix::Error::EBUSY) if by.passed() => break,
+            Err(nix::Error::EBUSY) => std::thread::sleep(RETRY),
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(Unmounted::Absent),
+            Err(errno) => return Err(StorageError::path("unmount", target)(errno)),
+        }
     }
     umount2(target, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)
         .map_err(StorageError::path("detach", target))?;

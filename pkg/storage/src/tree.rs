@@ -13,8 +13,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use podhull_types::{ContainerId, Deadline};
+use podhull_types::{ContainerId, Deadline, chain};
 
 use crate::error::StorageError;
 use crate::mounts::{self, Unmounted};
@@ -22,6 +23,8 @@ use crate::table;
 use crate::volume::{Propagation, RootfsMount, Volume};
 
 const ROOTFS: &str = "rootfs";
+/// How long the file server may take to close what the guest has given back.
+const GIVEN_BACK: Duration = Duration::from_millis(500);
 
 /// A path relative to the tree, as the guest has it below its mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -206,16 +209,21 @@ impl SharedTree {
     pub fn remove_container(
         &self,
         container: &ContainerId,
-        _by: Deadline,
+        by: Deadline,
     ) -> Result<RemoveReport, StorageError> {
         let made = self.containers().remove(container).unwrap_or_default();
-        self.remove(container, &made)
+        self.remove(container, &made, by)
     }
 
-    fn remove(&self, container: &ContainerId, made: &Made) -> Result<RemoveReport, StorageError> {
+    fn remove(
+        &self,
+        container: &ContainerId,
+        made: &Made,
+        by: Deadline,
+    ) -> Result<RemoveReport, StorageError> {
         let folder = self.root.join(container.as_str());
         let mut report = RemoveReport::default();
-        unmount_below(&folder, &mut report)?;
+        unmount_below(&folder, by, &mut report)?;
         for point in &made.points {
             let point = self.writable(point);
             let is_dir = fs::symlink_metadata(&point).is_ok_and(|meta| meta.is_dir());
@@ -237,27 +245,33 @@ impl SharedTree {
     ///
     /// # Errors
     /// If the table of mounts cannot be read; all else is in the report.
-    pub fn teardown(&self, _by: Deadline) -> Result<RemoveReport, StorageError> {
+    pub fn teardown(&self, by: Deadline) -> Result<RemoveReport, StorageError> {
         let containers = std::mem::take(&mut *self.containers());
         let mut report = RemoveReport::default();
         for (container, made) in containers {
-            let removed = self.remove(&container, &made)?;
+            let removed = self.remove(&container, &made, by)?;
             report.detached.extend(removed.detached);
             report.problems.extend(removed.problems);
         }
-        unmount_below(&self.root, &mut report)?;
+        unmount_below(&self.root, by, &mut report)?;
         report.note(&self.root, fs::remove_dir(&self.root));
         Ok(report)
     }
 }
 
-/// Undoes the mounts at and below `folder`, the last first.
-fn unmount_below(folder: &Path, report: &mut RemoveReport) -> Result<(), StorageError> {
+/// Undoes the mounts at and below `folder`, the last first. What is in use is
+/// waited for once, for all of them.
+fn unmount_below(
+    folder: &Path,
+    by: Deadline,
+    report: &mut RemoveReport,
+) -> Result<(), StorageError> {
+    let given_back = by.at_most(GIVEN_BACK);
     for point in table::below(folder)? {
-        match mounts::unmount(&point) {
+        match mounts::unmount(&point, given_back) {
             Ok(Unmounted::Detached) => report.detached.push(point),
             Ok(_) => {}
-            Err(error) => report.problems.push(error.to_string()),
+            Err(error) => report.problems.push(chain(&error)),
         }
     }
     Ok(())
@@ -270,12 +284,12 @@ fn unmount_below(folder: &Path, report: &mut RemoveReport) -> Result<(), Storage
 ///
 /// # Errors
 /// If the table of mounts cannot be read.
-pub fn sweep(root: &Path, _by: Deadline) -> Result<RemoveReport, StorageError> {
+pub fn sweep(root: &Path, by: Deadline) -> Result<RemoveReport, StorageError> {
     let mut report = RemoveReport::default();
     if !root.exists() {
         return Ok(report);
     }
-    unmount_below(root, &mut report)?;
+    unmount_below(root, by, &mut report)?;
     for container in entries(root) {
         for entry in entries(&container) {
             let is_dir = fs::symlink_metadata(&entry).is_ok_and(|meta| meta.is_dir());
@@ -301,175 +315,4 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use nix::sched::{CloneFlags, unshare};
-
-    use super::*;
-
-    fn soon() -> Deadline {
-        Deadline::after(Duration::from_secs(5))
-    }
-
-    /// Runs `test` on a thread with a mount namespace of its own.
-    fn in_own_mounts(test: impl FnOnce(&Path) + Send) {
-        if !nix::unistd::geteuid().is_root() {
-            println!("SKIP: mounts need root");
-            return;
-        }
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
-                let private = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
-                let none = None::<&str>;
-                nix::mount::mount(none, "/", none, private, none).unwrap();
-                let folder = tempfile::tempdir().unwrap();
-                test(folder.path());
-            });
-        });
-    }
-
-    fn volume(source: &Path, read_only: bool) -> Volume {
-        Volume {
-            source: source.into(),
-            recursive: true,
-            read_only,
-            recursive_read_only: false,
-            propagation: Propagation::Private,
-        }
-    }
-
-    #[test]
-    fn a_tree_leaves_nothing_and_no_volume_is_touched() {
-        in_own_mounts(|folder| {
-            let precious = folder.join("precious");
-            fs::create_dir(&precious).unwrap();
-            fs::write(precious.join("data"), "kept").unwrap();
-            let root = folder.join("share");
-            let tree = SharedTree::create(&root).unwrap();
-            let id = ContainerId::new("c1").unwrap();
-            let rootfs = RootfsMount {
-                fstype: "tmpfs".into(),
-                source: "tmpfs".into(),
-                options: vec!["size=64k".into()],
-            };
-            let path = tree.mount_rootfs(&id, &[rootfs]).unwrap();
-            assert_eq!(path.as_path(), Path::new("c1/rootfs"));
-            let bound = tree.bind(&id, &volume(&precious, false)).unwrap();
-            assert!(root.join(bound.as_path()).join("data").exists());
-            let file = tree
-                .bind(&id, &volume(&precious.join("data"), true))
-                .unwrap();
-            assert!(fs::write(root.join(file.as_path()), "x").is_err());
-            let hosts = tree.write_file(&id, "hosts", b"127.0.0.1 x").unwrap();
-            fs::write(root.join(hosts.as_path()), "127.0.0.1 x").unwrap();
-            assert_eq!(
-                fs::read(root.join(hosts.as_path())).unwrap(),
-                b"127.0.0.1 x"
-            );
-            // What the guest sees of the tree itself is read-only.
-            assert!(fs::write(root.join("c1/evil"), "x").is_err());
-            assert!(fs::rename(root.join("c1"), root.join("c2")).is_err());
-
-            let report = tree.remove_container(&id, soon()).unwrap();
-            assert_eq!(report, RemoveReport::default());
-            assert!(!root.join("c1").exists());
-            assert!(tree.remove_container(&id, soon()).unwrap().is_clean());
-            assert!(tree.teardown(soon()).unwrap().is_clean());
-            assert!(!root.exists());
-            assert_eq!(fs::read(precious.join("data")).unwrap(), b"kept");
-        });
-    }
-
-    #[test]
-    fn a_missing_source_is_named_and_what_was_made_goes() {
-        in_own_mounts(|folder| {
-            let root = folder.join("share");
-            let tree = SharedTree::create(&root).unwrap();
-            let id = ContainerId::new("c1").unwrap();
-            let absent = folder.join("absent");
-            let error = tree.bind(&id, &volume(&absent, false)).unwrap_err();
-            assert!(error.to_string().contains("absent"), "{error}");
-            assert!(matches!(
-                tree.mount_rootfs(&id, &[]),
-                Err(StorageError::NoRootfs)
-            ));
-            assert!(tree.teardown(soon()).unwrap().is_clean());
-            assert!(!root.exists());
-        });
-    }
-
-    #[test]
-    fn an_image_with_many_layers_is_mounted() {
-        in_own_mounts(|folder| {
-            // Overlays have no overlay below them: the layers are on a tmpfs.
-            let layers = folder.join("a-folder-with-a-long-name-as-containerd-has-one");
-            fs::create_dir(&layers).unwrap();
-            let none = None::<&str>;
-            let kind = Some("tmpfs");
-            nix::mount::mount(kind, &layers, kind, nix::mount::MsFlags::empty(), none).unwrap();
-            let mut lower = Vec::new();
-            for number in 0..100 {
-                let layer = layers.join(format!("snapshots-{number}/fs"));
-                fs::create_dir_all(&layer).unwrap();
-                fs::write(layer.join(format!("file-{number}")), "x").unwrap();
-                lower.push(layer.to_string_lossy().into_owned());
-            }
-            for name in ["upper", "work"] {
-                fs::create_dir(layers.join(name)).unwrap();
-            }
-            let rootfs = RootfsMount {
-                fstype: "overlay".into(),
-                source: "overlay".into(),
-                options: vec![
-                    format!("upperdir={}/upper", layers.display()),
-                    format!("workdir={}/work", layers.display()),
-                    format!("lowerdir={}", lower.join(":")),
-                ],
-            };
-            let root = folder.join("share");
-            let tree = SharedTree::create(&root).unwrap();
-            let id = ContainerId::new("c1").unwrap();
-            let path = root.join(tree.mount_rootfs(&id, &[rootfs]).unwrap().as_path());
-            assert!(path.join("file-0").exists() && path.join("file-99").exists());
-            fs::write(path.join("new"), "x").unwrap();
-            assert!(layers.join("upper/new").exists());
-            assert!(tree.teardown(soon()).unwrap().is_clean());
-        });
-    }
-
-    #[test]
-    fn a_sweep_keeps_what_is_not_empty() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("share");
-        fs::create_dir_all(root.join("c1/rootfs/var")).unwrap();
-        assert!(!sweep(&root, soon()).unwrap().is_clean());
-        assert!(root.join("c1/rootfs/var").exists());
-        fs::remove_dir(root.join("c1/rootfs/var")).unwrap();
-        assert!(sweep(&root, soon()).unwrap().is_clean());
-        assert!(sweep(&root, soon()).unwrap().is_clean());
-        assert!(!root.exists());
-    }
-
-    #[test]
-    fn a_busy_mount_is_detached() {
-        in_own_mounts(|folder| {
-            let root = folder.join("share");
-            let tree = SharedTree::create(&root).unwrap();
-            let id = ContainerId::new("c1").unwrap();
-            let rootfs = RootfsMount {
-                fstype: "tmpfs".into(),
-                source: "tmpfs".into(),
-                options: vec![],
-            };
-            let path = root.join(tree.mount_rootfs(&id, &[rootfs]).unwrap().as_path());
-            let held = fs::File::create(path.join("held")).unwrap();
-            let report = tree.remove_container(&id, soon()).unwrap();
-            assert_eq!(report.detached.len(), 1);
-            assert!(report.is_clean(), "{report:?}");
-            drop(held);
-            assert!(tree.teardown(soon()).unwrap().is_clean());
-        });
-    }
-}
+mod tests;
