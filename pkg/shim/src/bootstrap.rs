@@ -25,6 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, umask};
 use podhull_config::Config;
 use podhull_sandbox::RunDir;
+use podhull_telemetry::log;
 use podhull_types::SandboxId;
 
 use crate::args::Args;
@@ -76,8 +77,9 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
             Some(params) => &params.containerd_ttrpc_address,
             None => &caller.ttrpc_address,
         };
-        serve_new(args, &run_dir, ttrpc_address, program)?;
+        serve_new(args, &config, &run_dir, ttrpc_address, program)?;
     } else {
+        log::init_beside(&config.log, &run_dir.log(), false)?;
         UnixStream::connect(run_dir.socket()).map_err(|source| ShimError::ShimGone {
             sandbox: sandbox.to_string(),
             socket: run_dir.socket(),
@@ -86,6 +88,7 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
     }
     let address = format!("unix://{}", run_dir.socket().display());
     write_address(&caller.bundle, &address)?;
+    tracing::info!(container = args.id, %sandbox, address, "started");
     Ok(match params {
         Some(_) => {
             serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"}).to_string()
@@ -105,6 +108,7 @@ fn write_address(bundle: &Path, address: &str) -> Result<(), ShimError> {
 /// Starts the serving process and waits until it accepts connections.
 fn serve_new(
     args: &Args,
+    config: &Config,
     run_dir: &RunDir,
     ttrpc_address: &str,
     program: &Path,
@@ -118,7 +122,10 @@ fn serve_new(
         // Asked twice: it serves already.
         return Ok(());
     };
-    let started = spawn(args, listener, ttrpc_address, program);
+    // Standard error is no place for a log: containerd reads it as the answer.
+    let started = log::init(&config.log, None, Some(&run_dir.log()))
+        .map_err(Into::into)
+        .and_then(|()| spawn(args, listener, ttrpc_address, program));
     if started.is_err() {
         let removed = run_dir.remove();
         tracing::debug!(?removed, "released what a failed start had made");

@@ -3,26 +3,25 @@
 //!
 //! containerd runs it per container when it cannot reach a shim, and gives it
 //! 5 s. A shim that is still there is told to end if it is the sandbox that is
-//! deleted; for a container of a living sandbox there is nothing to release,
-//! and the VM that others share goes on.
+//! deleted, and killed if it does not: it may hang. For a container of a living
+//! sandbox there is nothing to release, and the VM that others share goes on.
+//! Warnings go to standard error: containerd puts them into its log.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
+use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use podhull_config::Config;
 use podhull_sandbox::{RunDir, Runtime};
-use podhull_telemetry::Metrics;
-use podhull_types::{Deadline, SandboxId};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use podhull_telemetry::{Metrics, log};
+use podhull_types::{Deadline, SandboxId, chain};
 
 use crate::args::Args;
 use crate::bundle;
-use crate::error::{ShimError, chain};
+use crate::error::ShimError;
+use crate::identity::{Identity, Running};
 use crate::wire::timestamp;
 
 /// As if killed: nobody knows better any more.
@@ -30,7 +29,9 @@ const EXIT_STATUS: u32 = 137;
 /// Time for all of it; containerd waits 5 s.
 const WITHIN: Duration = Duration::from_secs(4);
 /// Time for a living shim to release what it has.
-const ENDS: Duration = Duration::from_secs(2);
+const ENDS: Duration = Duration::from_millis(1500);
+/// Time for the kernel to end a shim that was killed.
+const DIES: Duration = Duration::from_secs(1);
 
 /// Releases what is left of `args.id`; gives what containerd reads on standard
 /// output. `program` is our own.
@@ -50,56 +51,65 @@ pub async fn delete(args: &Args, bundle: &Path, program: &Path) -> Result<Vec<u8
     });
     let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
     let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
-    let address = format!("unix://{}", run_dir.socket().display());
-    let alive = Client::connect(&address).await.ok().map(TaskClient::new);
-    let is_sandbox = sandbox.as_str() == args.id;
-    match alive {
-        Some(shim) if is_sandbox => end(&shim, by).await,
-        Some(_) => return response(),
-        None => {}
-    }
+    log_to(&config, &run_dir);
+    let ended = match Identity::find(&run_dir.shim()) {
+        Some(_) if sandbox.as_str() != args.id => {
+            tracing::info!(container = args.id, %sandbox, "its sandbox goes on");
+            return response();
+        }
+        Some(shim) => end(&shim, &run_dir, by).await,
+        None => Ok(()),
+    };
     let metrics = Metrics::new().map_err(|error| ShimError::Metrics(error.to_string()))?;
     let runtime = Runtime {
         config,
         helper: program.to_path_buf(),
         metrics,
     };
-    podhull_sandbox::cleanup(&runtime, &args.namespace, &sandbox, by).await?;
+    let cleaned = podhull_sandbox::cleanup(&runtime, &args.namespace, &sandbox, by).await;
+    ended.and(cleaned.map_err(Into::into))?;
+    tracing::info!(%sandbox, "nothing is left");
     response()
 }
 
+/// The shim's log shows what was done after its end, as long as anything is left.
+fn log_to(config: &Config, run_dir: &RunDir) {
+    if let Err(error) = log::init_beside(&config.log, &run_dir.log(), true) {
+        let text = format!("podhull: {}\n", chain(&error));
+        let written = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        debug_assert!(written.is_ok());
+    }
+}
+
 /// Asks a shim to end, waits for it, and kills it if it does not.
-async fn end(shim: &TaskClient, by: Deadline) {
-    let context = || {
-        let nanoseconds = i64::try_from(ENDS.as_nanos()).unwrap_or(i64::MAX);
-        ttrpc::context::with_timeout(nanoseconds)
-    };
-    let connected = shim.connect(context(), &ConnectRequest::default()).await;
-    let pid = connected
-        .ok()
-        .and_then(|answer| i32::try_from(answer.shim_pid).ok());
-    let pidfd = pid
-        .and_then(Pid::from_raw)
-        .and_then(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK).ok());
+async fn end(shim: &Running, run_dir: &RunDir, by: Deadline) -> Result<(), ShimError> {
+    let asked = by.at_most(ENDS);
+    match asked.run(ask(run_dir)).await {
+        Ok(answer) => tracing::info!(pid = shim.pid, ?answer, "asked the shim to end"),
+        Err(_) => tracing::warn!(pid = shim.pid, "the shim does not answer"),
+    }
+    if shim.ends_by(asked) {
+        return Ok(());
+    }
+    tracing::warn!(pid = shim.pid, "the shim does not end and is killed");
+    shim.kill();
+    if shim.ends_by(by.at_most(DIES)) {
+        Ok(())
+    } else {
+        Err(ShimError::Stays(shim.pid))
+    }
+}
+
+async fn ask(run_dir: &RunDir) -> ttrpc::Result<()> {
+    let address = format!("unix://{}", run_dir.socket().display());
+    let shim = TaskClient::new(Client::connect(&address).await?);
     let request = ShutdownRequest {
         now: true,
         ..ShutdownRequest::default()
     };
-    let asked = shim.shutdown(context(), &request).await;
-    tracing::debug!(?asked, "asked the shim to end");
-    let Some(pidfd) = pidfd else { return };
-    if !has_ended(&pidfd, by.at_most(ENDS)) {
-        let killed = pidfd_send_signal(&pidfd, Signal::KILL);
-        let gone = has_ended(&pidfd, by);
-        tracing::warn!(?killed, gone, "the shim did not end by itself");
-    }
-}
-
-/// Waits for a process's end. Blocks: this program has nothing else to do.
-fn has_ended(pidfd: &OwnedFd, by: Deadline) -> bool {
-    let timeout = PollTimeout::try_from(by.remaining()).unwrap_or(PollTimeout::MAX);
-    let mut watched = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut watched, timeout).is_ok_and(|ready| ready > 0)
+    let nanoseconds = i64::try_from(ENDS.as_nanos()).unwrap_or(i64::MAX);
+    let context = ttrpc::context::with_timeout(nanoseconds);
+    shim.shutdown(context, &request).await.map(drop)
 }
 
 fn response() -> Result<Vec<u8>, ShimError> {

@@ -65,6 +65,9 @@ pub enum ShimError {
         #[source]
         source: io::Error,
     },
+    /// The pod's shim hangs in the kernel.
+    #[error("the shim, process {0}, was killed and does not end")]
+    Stays(i32),
     /// A metric could not be registered.
     #[error("metrics: {0}")]
     Metrics(String),
@@ -88,15 +91,4 @@ impl ShimError {
             source: source.into(),
         }
     }
-}
-
-/// An error with all its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text = format!("{text}: {source}");
-        cause = source.source();
-    }
-    text
 }

@@ -20,6 +20,7 @@ mod connections;
 mod cri;
 pub mod delete;
 mod error;
+mod identity;
 pub mod info;
 mod publisher;
 mod sandbox_service;

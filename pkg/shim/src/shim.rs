@@ -140,15 +140,20 @@ impl Shim {
         self: &Arc<Self>,
         spec: SandboxSpec,
     ) -> Result<Arc<Sandbox>, ShimError> {
-        {
+        let under_way = {
             let mut slot = self.slot();
+            if self.ending.is_cancelled() {
+                return Err(SandboxError::Stopping(self.id.clone()).into());
+            }
             if !matches!(*slot, Slot::Empty) {
                 return Err(self.exists());
             }
             *slot = Slot::Booting;
-        }
+            self.booting.token()
+        };
         let shim = Arc::clone(self);
-        detached(self.booting.track_future(async move {
+        detached(async move {
+            let _under_way = under_way;
             let events = forward(&shim);
             let runtime = Arc::clone(&shim.runtime);
             let booted = Sandbox::boot(runtime, spec, events, &shim.ending).await;
@@ -167,14 +172,18 @@ impl Shim {
                     Err(error.into())
                 }
             }
-        }))
+        })
         .await
     }
 
     /// Releases everything, also what a boot that is under way has made; for
     /// the end of the process.
     pub(crate) async fn release(&self, by: Deadline) {
-        self.ending.cancel();
+        {
+            // A boot is counted by now, or is refused.
+            let _slot = self.slot();
+            self.ending.cancel();
+        }
         self.booting.close();
         if by.run(self.booting.wait()).await.is_err() {
             tracing::error!("a boot does not end");
@@ -232,4 +241,63 @@ fn forward(shim: &Arc<Shim>) -> EventSink {
         // The exits that came before it are what containerd understands.
         SandboxEvent::Died { reason } => tracing::error!(reason, "sandbox died"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use podhull_config::Config;
+    use podhull_sandbox::PodFiles;
+    use podhull_telemetry::Metrics;
+
+    use super::*;
+
+    fn shim(run_dir: &std::path::Path) -> Arc<Shim> {
+        let runtime = Runtime {
+            config: Config {
+                run_dir: run_dir.into(),
+                ..Config::default()
+            },
+            helper: "/nonexistent".into(),
+            metrics: Metrics::new().unwrap(),
+        };
+        Shim::new(
+            "k8s.io".into(),
+            SandboxId::new("s1").unwrap(),
+            Arc::new(runtime),
+            Arc::new(Publisher::start("k8s.io", "")),
+            Instant::now(),
+        )
+    }
+
+    fn spec() -> SandboxSpec {
+        SandboxSpec {
+            id: SandboxId::new("s1").unwrap(),
+            namespace: "k8s.io".into(),
+            hostname: String::new(),
+            domainname: String::new(),
+            netns: None,
+            cgroups_path: None,
+            sysctls: std::collections::BTreeMap::new(),
+            memory_limit_bytes: None,
+            vcpus: None,
+            shm_size: None,
+            files: PodFiles::default(),
+            started: Instant::now(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_boot_after_the_release_began_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let shim = shim(folder.path());
+        shim.release(Deadline::after(Duration::from_secs(5))).await;
+        let error = shim.boot(spec()).await.unwrap_err();
+        let ShimError::Sandbox(SandboxError::Stopping(id)) = error else {
+            panic!("{error}");
+        };
+        assert_eq!(id.as_str(), "s1");
+        assert!(!shim.is_used(), "it would be waited for");
+    }
 }

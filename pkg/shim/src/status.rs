@@ -2,10 +2,10 @@
 //! The one place where errors become the status that containerd sees.
 
 use podhull_sandbox::{ErrorKind, SandboxError};
-use podhull_types::IdError;
+use podhull_types::{IdError, chain};
 use ttrpc::Code;
 
-use crate::error::{ShimError, chain};
+use crate::error::ShimError;
 
 /// Codes as containerd's `errdefs` reads them.
 fn code(kind: ErrorKind) -> Code {
@@ -31,6 +31,7 @@ fn kind(error: &ShimError) -> ErrorKind {
         | ShimError::File { .. }
         | ShimError::System { .. }
         | ShimError::NotServing(_)
+        | ShimError::Stays(_)
         | ShimError::Metrics(_) => ErrorKind::Internal,
         ShimError::ShimGone { .. } => ErrorKind::Unavailable,
     }

@@ -2,14 +2,16 @@
 //! Where log lines go: containerd's FIFO, if there is one, and a capped file.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Stderr, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::writer::{EitherWriter, Tee};
 
 /// Libraries whose debug lines drown ours; a filter that names them has the last
 /// word.
@@ -53,16 +55,35 @@ pub enum LogError {
 /// [`LogError`] if the filter or the file cannot be used. An absent FIFO is no
 /// error: containerd 1.x and tests may have none.
 pub fn init(filter: &str, fifo: Option<&Path>, file: Option<&Path>) -> Result<(), LogError> {
+    let file = file.map(CappedFile::open).transpose()?;
+    start(filter, fifo.and_then(open_fifo), file, false)
+}
+
+/// Sets up logging for a short process that works beside, or after, the one that
+/// `file` is the log of: its lines are added if the file is there, which is not
+/// made. With `warns`, warnings go to standard error as well.
+///
+/// # Errors
+/// [`LogError`] if the filter cannot be used.
+pub fn init_beside(filter: &str, file: &Path, warns: bool) -> Result<(), LogError> {
+    start(filter, None, CappedFile::existing(file), warns)
+}
+
+fn start(
+    filter: &str,
+    fifo: Option<File>,
+    file: Option<CappedFile>,
+    warns: bool,
+) -> Result<(), LogError> {
     let env =
         EnvFilter::try_new(format!("{QUIET},{filter}")).map_err(|source| LogError::Filter {
             filter: filter.to_owned(),
             source,
         })?;
-    let file = file.map(CappedFile::open).transpose()?;
-    let fifo = fifo.and_then(open_fifo);
     let sinks = Sinks(Arc::new(Inner {
         fifo,
         file: file.map(Mutex::new),
+        warns,
         dropped: AtomicU64::new(0),
     }));
     tracing_subscriber::fmt()
@@ -94,6 +115,7 @@ struct CappedFile {
     path: PathBuf,
     file: File,
     written: u64,
+    cap: u64,
 }
 
 impl CappedFile {
@@ -108,12 +130,24 @@ impl CappedFile {
             path: path.into(),
             file,
             written,
+            cap: FILE_CAP,
+        })
+    }
+
+    /// Another process's, which sees to its cap.
+    fn existing(path: &Path) -> Option<Self> {
+        let file = OpenOptions::new().append(true).open(path).ok()?;
+        Some(Self {
+            path: path.into(),
+            file,
+            written: 0,
+            cap: u64::MAX,
         })
     }
 
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
         let length = line.len() as u64;
-        if self.written + length > FILE_CAP {
+        if self.written + length > self.cap {
             std::fs::rename(&self.path, self.path.with_extension("1"))?;
             self.file = create(&self.path)?;
             self.written = 0;
@@ -136,18 +170,28 @@ fn create(path: &Path) -> io::Result<File> {
 struct Inner {
     fifo: Option<File>,
     file: Option<Mutex<CappedFile>>,
+    /// Warnings go to standard error, too.
+    warns: bool,
     dropped: AtomicU64,
 }
 
-/// Writes each line to both places; what one cannot take is dropped there.
+/// Writes each line to all places; what one cannot take is dropped there.
 #[derive(Debug, Clone)]
 struct Sinks(Arc<Inner>);
 
 impl<'a> MakeWriter<'a> for Sinks {
-    type Writer = Self;
+    type Writer = EitherWriter<Tee<Stderr, Self>, Self>;
 
-    fn make_writer(&'a self) -> Self {
-        self.clone()
+    fn make_writer(&'a self) -> Self::Writer {
+        EitherWriter::B(self.clone())
+    }
+
+    fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Self::Writer {
+        if self.0.warns && *meta.level() <= Level::WARN {
+            EitherWriter::A(Tee::new(io::stderr(), self.clone()))
+        } else {
+            self.make_writer()
+        }
     }
 }
 
@@ -188,6 +232,7 @@ mod tests {
         let inner = Inner {
             fifo: open_fifo(&path),
             file: None,
+            warns: false,
             dropped: AtomicU64::new(0),
         };
         let mut sinks = Sinks(Arc::new(inner));
@@ -207,5 +252,17 @@ mod tests {
         }
         assert!(path.metadata().unwrap().len() <= FILE_CAP);
         assert!(path.with_extension("1").metadata().unwrap().len() <= FILE_CAP);
+    }
+
+    #[test]
+    fn a_process_beside_adds_to_a_log_and_makes_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shim.log");
+        assert!(CappedFile::existing(&path).is_none());
+        assert!(!path.exists());
+        CappedFile::open(&path).unwrap().write(b"shim\n").unwrap();
+        let mut beside = CappedFile::existing(&path).unwrap();
+        beside.write(b"delete\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"shim\ndelete\n");
     }
 }

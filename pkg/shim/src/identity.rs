@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which process serves a pod, written down so that another can end it: one that
+//! hangs does not say its PID any more.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use podhull_types::Deadline;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ShimError;
+
+/// A process. PIDs are used again; the moment of its start tells it from others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pid: i32,
+    /// In clock ticks since the node's boot, from /proc/PID/stat.
+    start_time: u64,
+}
+
+impl Identity {
+    /// The calling process.
+    pub(crate) fn own() -> io::Result<Self> {
+        let pid = nix::unistd::getpid().as_raw();
+        let start_time = start_time(pid)?;
+        Ok(Self { pid, start_time })
+    }
+
+    /// Writes it down, whole: it may be read at any moment.
+    pub(crate) fn write(&self, path: &Path) -> Result<(), ShimError> {
+        let new = path.with_extension("new");
+        serde_json::to_vec(self)
+            .map_err(io::Error::other)
+            .and_then(|text| fs::write(&new, text))
+            .and_then(|()| fs::rename(&new, path))
+            .map_err(ShimError::file("write", path))
+    }
+
+    /// The process that is written down at `path`, if it still runs.
+    pub(crate) fn find(path: &Path) -> Option<Running> {
+        let identity: Self = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        identity.running()
+    }
+
+    fn running(self) -> Option<Running> {
+        let pidfd = pidfd_open(Pid::from_raw(self.pid)?, PidfdFlags::NONBLOCK).ok()?;
+        // Looked at after the open: what has this PID and this start now had it
+        // then, too.
+        if start_time(self.pid).ok()? != self.start_time {
+            return None;
+        }
+        let running = Running {
+            pid: self.pid,
+            pidfd,
+        };
+        let ended = running.ends_by(Deadline::after(std::time::Duration::ZERO));
+        (!ended).then_some(running)
+    }
+}
+
+/// A process that ran when it was found.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Running {
+    /// Waits for its end. Blocks the thread.
+    pub(crate) fn ends_by(&self, by: Deadline) -> bool {
+        let timeout = PollTimeout::try_from(by.remaining()).unwrap_or(PollTimeout::MAX);
+        let mut watched = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut watched, timeout).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Kills it.
+    pub(crate) fn kill(&self) {
+        if let Err(errno) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            tracing::warn!(pid = self.pid, %errno, "the shim cannot be killed");
+        }
+    }
+}
+
+fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    start_time_in(&stat).ok_or_else(|| io::Error::other("/proc/PID/stat has no start time"))
+}
+
+/// Field 22. The name, field 2, is in brackets and may itself hold any character.
+fn start_time_in(stat: &str) -> Option<u64> {
+    let (_, behind_name) = stat.rsplit_once(')')?;
+    behind_name.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+    use std::time::Duration;
+
+    use super::*;
+
+    fn sleeping() -> (Child, Identity) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let start_time = start_time(pid).unwrap();
+        (child, Identity { pid, start_time })
+    }
+
+    #[test]
+    fn a_stopped_process_is_found_and_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shim.json");
+        assert!(Identity::find(&path).is_none());
+        let (mut child, identity) = sleeping();
+        identity.write(&path).unwrap();
+        let found = Identity::find(&path).unwrap();
+        assert_eq!(found.pid, identity.pid);
+        pidfd_send_signal(&found.pidfd, Signal::STOP).unwrap();
+        assert!(!found.ends_by(Deadline::after(Duration::ZERO)));
+        found.kill();
+        assert!(found.ends_by(Deadline::after(Duration::from_secs(5))));
+        // A zombie has ended.
+        assert!(Identity::find(&path).is_none());
+        child.wait().unwrap();
+        assert!(Identity::find(&path).is_none());
+    }
+
+    #[test]
+    fn a_pid_that_another_process_has_now_is_left_alone() {
+        let (mut child, identity) = sleeping();
+        let earlier = Identity {
+            start_time: identity.start_time - 1,
+            ..identity
+        };
+        assert!(earlier.running().is_none());
+        assert!(identity.running().is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn the_start_is_found_behind_any_name() {
+        let stat = "7 (a) b) R 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 98765 0 0";
+        assert_eq!(start_time_in(stat), Some(98765));
+        assert_eq!(start_time_in("7 (a) R 1"), None);
+        assert!(Identity::own().unwrap().running().is_some());
+    }
+}
