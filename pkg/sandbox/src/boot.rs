@@ -9,7 +9,7 @@ use podhull_agent_client::{Connected, wait_for_agent};
 use podhull_api::agent;
 use podhull_network::PodNetwork;
 use podhull_storage::SharedTree;
-use podhull_types::{BootPhase, BootTimes, Deadline, Token};
+use podhull_types::{BootPhase, BootTimes, Deadline, Token, chain};
 use podhull_vmm::{
     AccelPolicy, Acceleration, CgroupPlacement, Launched, Programs, SHARE_TAG, VmConfig, VmNetwork,
     VmUser,
@@ -63,7 +63,7 @@ pub(crate) async fn boot(
                 .start_failures
                 .with_label_values(&[phase])
                 .inc();
-            tracing::error!(sandbox = %spec.id, %error, after = phase, "boot failed");
+            tracing::error!(sandbox = %spec.id, error = chain(&error), after = phase, "boot failed");
             let report = tear_down(parts, None, Deadline::after(config.stop_timeout())).await;
             tracing::info!(sandbox = %spec.id, %report, "released what a failed boot had made");
             Err(error)

@@ -32,6 +32,8 @@ pub(crate) enum Phase {
     Stopping,
     /// Everything is released.
     Stopped(ExitStatus),
+    /// A step of the teardown panicked; what it had not released may be left.
+    Broken,
 }
 
 /// A running pod sandbox.
@@ -78,6 +80,28 @@ pub(crate) struct Booted {
     pub(crate) times: BootTimes,
 }
 
+#[cfg(test)]
+impl Booted {
+    /// As if a VM had booted that only `parts` know.
+    pub(crate) fn with(
+        channel: AgentChannel,
+        parts: Parts,
+        address: GuestAddress,
+        leases: LeaseSet,
+    ) -> Self {
+        Self {
+            channel,
+            parts,
+            token: Token::from_bytes([7; Token::LEN]),
+            address,
+            leases,
+            vmm_pid: 1,
+            emulated: false,
+            times: BootTimes::default(),
+        }
+    }
+}
+
 impl Sandbox {
     /// Boots a sandbox; what happens in it is told to `events`. Once `give_up`
     /// is cancelled, the guest is not waited for any longer.
@@ -90,8 +114,24 @@ impl Sandbox {
         events: EventSink,
         give_up: &CancellationToken,
     ) -> Result<Arc<Self>, SandboxError> {
+        if give_up.is_cancelled() {
+            return Err(SandboxError::Stopping(spec.id));
+        }
         let booted = crate::boot::boot(&runtime, &spec, give_up).await?;
-        let sandbox = Arc::new(Self {
+        let sandbox = Self::new(runtime, spec, events, booted);
+        crate::watch::start(&sandbox).await;
+        crate::boot::show(&sandbox, &sandbox.boot_times());
+        Ok(sandbox)
+    }
+
+    /// The sandbox of what has booted; nothing watches it yet.
+    pub(crate) fn new(
+        runtime: Arc<Runtime>,
+        spec: SandboxSpec,
+        events: EventSink,
+        booted: Booted,
+    ) -> Arc<Self> {
+        Arc::new(Self {
             spec,
             runtime,
             emulated: booted.emulated,
@@ -111,10 +151,7 @@ impl Sandbox {
             stop_watching: CancellationToken::new(),
             cut_calls: CancellationToken::new(),
             times: Mutex::new(booted.times),
-        });
-        crate::watch::start(&sandbox).await;
-        crate::boot::show(&sandbox, &sandbox.boot_times());
-        Ok(sandbox)
+        })
     }
 
     /// The PID of the VMM on the host.
@@ -364,21 +401,21 @@ impl Sandbox {
         teardown::stop(self, by).await
     }
 
-    /// How the pod ended, once everything is released.
+    /// How the pod ended, once its teardown is over.
     #[must_use]
     pub fn exit(&self) -> Option<ExitStatus> {
         match *self.phase.borrow() {
             Phase::Stopped(exit) => Some(exit),
+            Phase::Broken => Some(ExitStatus::vm_gone()),
             Phase::Running | Phase::Stopping => None,
         }
     }
 
-    /// Resolves once everything is released; says how the pod ended. Cancel
-    /// safe.
+    /// Resolves once the teardown is over; says how the pod ended. Cancel safe.
     pub async fn stopped(&self) -> ExitStatus {
         let mut phase = self.phase.subscribe();
         let stopped = phase
-            .wait_for(|phase| matches!(phase, Phase::Stopped(_)))
+            .wait_for(|phase| matches!(phase, Phase::Stopped(_) | Phase::Broken))
             .await;
         match stopped.as_deref() {
             Ok(Phase::Stopped(exit)) => *exit,

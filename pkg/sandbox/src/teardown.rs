@@ -15,7 +15,7 @@ use podhull_network::PodNetwork;
 use podhull_storage::SharedTree;
 use podhull_telemetry::Metrics;
 use podhull_transport::{CloseReport, Outcome, VsockListener};
-use podhull_types::{Deadline, ExitStatus};
+use podhull_types::{Deadline, ExitStatus, chain};
 use podhull_vmm::Vm;
 use tokio::task::JoinSet;
 
@@ -68,10 +68,18 @@ pub(crate) async fn stop(sandbox: &Arc<Sandbox>, by: Deadline) -> CloseReport {
     });
     let Some(parts) = sandbox.parts.lock().await.take() else {
         // Somebody else is at it, or was.
-        return match by.run(sandbox.stopped()).await {
-            Ok(_) => CloseReport::default(),
-            Err(_) => CloseReport::of("stop", Outcome::Forced("still under way elsewhere".into())),
+        let outcome = match by.run(sandbox.stopped()).await {
+            Ok(_) if matches!(*sandbox.phase.borrow(), Phase::Broken) => {
+                Outcome::Failed("it was cut short, and something may be left".into())
+            }
+            Ok(_) => return CloseReport::default(),
+            Err(_) => Outcome::Forced("still under way elsewhere".into()),
         };
+        return CloseReport::of("stop", outcome);
+    };
+    let mut ending = Ending {
+        sandbox,
+        phase: Phase::Broken,
     };
     let alive = sandbox.death.get().is_none();
     let mut report = CloseReport::default();
@@ -89,14 +97,31 @@ pub(crate) async fn stop(sandbox: &Arc<Sandbox>, by: Deadline) -> CloseReport {
     sandbox.cut_calls.cancel();
     let channel = sandbox.channel.write().await.take();
     report.extend(tear_down(parts, channel, by).await);
-    for process in sandbox.all_processes() {
-        process.exited(ExitStatus::vm_gone());
-    }
-    sandbox
-        .phase
-        .send_replace(Phase::Stopped(ExitStatus::vm_gone()));
-    sandbox.tasks.close();
+    ending.phase = Phase::Stopped(ExitStatus::vm_gone());
     report
+}
+
+/// Answers whoever waits for the end of a sandbox, also if a step on the way
+/// panics.
+struct Ending<'a> {
+    sandbox: &'a Sandbox,
+    phase: Phase,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let sandbox = self.sandbox;
+        sandbox.stop_watching.cancel();
+        sandbox.cut_calls.cancel();
+        for process in sandbox.all_processes() {
+            process.exited(ExitStatus::vm_gone());
+        }
+        if matches!(self.phase, Phase::Broken) {
+            tracing::error!(sandbox = %sandbox.spec.id, "the teardown was cut short");
+        }
+        sandbox.phase.send_replace(self.phase.clone());
+        sandbox.tasks.close();
+    }
 }
 
 /// Kills what still runs, and waits for its end.
@@ -120,7 +145,7 @@ async fn end_processes(sandbox: &Arc<Sandbox>, by: Deadline) -> Outcome {
             })
             .await;
         if let Err(error) = killed {
-            problem.get_or_insert(format!("kill {}: {error}", process.id));
+            problem.get_or_insert(format!("kill {}: {}", process.id, chain(&error)));
         }
     }
     let ended = async {
@@ -166,7 +191,7 @@ async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {
     match answer {
         Ok(answer) if answer.problems.is_empty() => Outcome::Clean,
         Ok(answer) => Outcome::Failed(answer.problems.join("; ")),
-        Err(error) => Outcome::Failed(error.to_string()),
+        Err(error) => failed(error),
     }
 }
 
@@ -223,8 +248,8 @@ pub(crate) async fn tear_down(
     report
 }
 
-fn failed(error: impl std::fmt::Display) -> Outcome {
-    Outcome::Failed(error.to_string())
+fn failed(error: impl std::error::Error) -> Outcome {
+    Outcome::Failed(chain(&error))
 }
 
 fn outcome(clean: bool, report: &impl std::fmt::Debug) -> Outcome {
@@ -234,3 +259,6 @@ fn outcome(clean: bool, report: &impl std::fmt::Debug) -> Outcome {
         Outcome::Forced(format!("{report:?}"))
     }
 }
+
+#[cfg(test)]
+mod tests;
