@@ -91,14 +91,57 @@ pub enum AgentError {
 impl AgentError {
     /// A status that came back from `method`. A broken connection is told from
     /// an answer of the agent by its source: only the former has one.
-    pub(crate) fn from_status(method: &'static str, status: &Status) -> Self {
+    #[must_use]
+    pub fn from_status(method: &'static str, status: &Status) -> Self {
         if std::error::Error::source(status).is_some() {
             return Self::VmGone { method };
         }
         Self::Rpc {
             method,
             kind: status.code().into(),
-            message: status.message().to_owned(),
+            message: words(status.message()),
         }
+    }
+}
+
+/// Most bytes of a text of the guest's that are shown.
+const WORDS: usize = 2048;
+
+/// A text of the guest's, as it may get into logs and replies: the guest is not
+/// to be trusted, so control characters are escaped and it is cut.
+#[must_use]
+pub fn words(text: &str) -> String {
+    let mut clean = String::new();
+    for char in text.chars() {
+        let length = clean.len();
+        if char.is_control() {
+            clean.extend(char.escape_default());
+        } else {
+            clean.push(char);
+        }
+        if clean.len() > WORDS {
+            clean.truncate(length);
+            clean.push('…');
+            break;
+        }
+    }
+    clean
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_the_guest_are_cleaned_and_cut() {
+        let status = Status::internal("exec: \x1b[2Jnope\r\n2026 level=info forged \u{9b}1m ü");
+        let error = AgentError::from_status("Start", &status);
+        assert_eq!(
+            error.to_string(),
+            r"exec: \u{1b}[2Jnope\r\n2026 level=info forged \u{9b}1m ü"
+        );
+        let long = words(&"ü".repeat(1 << 20));
+        assert_eq!(long.len(), WORDS + '…'.len_utf8());
+        assert!(words(&"\0".repeat(1 << 20)).len() <= WORDS + '…'.len_utf8());
     }
 }

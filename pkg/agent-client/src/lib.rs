@@ -16,5 +16,5 @@ mod executor;
 pub mod ready;
 
 pub use channel::AgentChannel;
-pub use error::{AgentError, RpcKind};
+pub use error::{AgentError, RpcKind, words};
 pub use ready::{Connected, wait_for_agent};

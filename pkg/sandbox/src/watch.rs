@@ -87,7 +87,7 @@ async fn watch_events(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
         match stream {
             Ok(stream) => match follow(&sandbox, stream, &seen).await {
                 Ok(()) => {}
-                Err(status) => break status.to_string(),
+                Err(error) => break error.to_string(),
             },
             Err(error) => break error.to_string(),
         }
@@ -127,8 +127,10 @@ async fn follow(
     sandbox: &Weak<Sandbox>,
     mut stream: Streaming<agent::Event>,
     seen: &AtomicU64,
-) -> Result<(), tonic::Status> {
-    while let Some(event) = stream.message().await? {
+) -> Result<(), AgentError> {
+    const METHOD: &str = "Events";
+    let failed = |status| AgentError::from_status(METHOD, &status);
+    while let Some(event) = stream.message().await.map_err(failed)? {
         let Some(sandbox) = sandbox.upgrade() else {
             return Ok(());
         };
@@ -145,7 +147,7 @@ async fn follow(
         }
         seen.store(event.sequence, Ordering::Release);
     }
-    Err(tonic::Status::unavailable("the event stream ended"))
+    Err(AgentError::VmGone { method: METHOD })
 }
 
 fn handle(sandbox: &Sandbox, kind: event::Kind) {
