@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podhull_agent_client::{Connected, wait_for_agent};
 use podhull_api::agent;
-use podhull_network::PodNetwork;
+use podhull_network::{LoopbackListener, PodNetwork};
 use podhull_storage::SharedTree;
 use podhull_types::{BootPhase, BootTimes, Deadline, Token, chain};
 use podhull_vmm::{
@@ -40,10 +40,11 @@ pub(crate) async fn boot(
     let mut times = BootTimes::default();
     times.note(BootPhase::StartCalled, Duration::ZERO);
     match bring_up(runtime, spec, &mut parts, &mut times, give_up).await {
-        Ok((connected, token, emulated)) => {
+        Ok((connected, token, emulated, loopback)) => {
             let vm = parts.vm.clone().ok_or_else(|| gone(spec))?;
             Ok(Booted {
                 channel: connected.channel,
+                loopback,
                 token,
                 address: vm.address().clone(),
                 leases: vm.leases().clone(),
@@ -84,7 +85,7 @@ async fn bring_up(
     parts: &mut Parts,
     times: &mut BootTimes,
     give_up: &CancellationToken,
-) -> Result<(Connected, Token, bool), SandboxError> {
+) -> Result<(Connected, Token, bool, Option<LoopbackListener>), SandboxError> {
     let config = &runtime.config;
     let policy = AccelPolicy {
         allow_emulation: config.allow_emulation,
@@ -158,10 +159,14 @@ async fn bring_up(
     times.note(BootPhase::VmmSpawned, spawned);
 
     let token = random_token()?;
-    let connected = tokio::select! {
-        connected = ready_or_dead(parts, spec, &token, by) => connected?,
-        () = give_up.cancelled() => return Err(SandboxError::Stopping(spec.id.clone())),
+    let connecting = async {
+        tokio::select! {
+            connected = ready_or_dead(parts, spec, &token, by) => connected,
+            () = give_up.cancelled() => Err(SandboxError::Stopping(spec.id.clone())),
+        }
     };
+    let (connected, loopback) = tokio::join!(connecting, listen_on_loopback(parts));
+    let connected = connected?;
     // Nobody else is to connect.
     if let Some(listener) = parts.ready.take() {
         let report = listener.close(by).await;
@@ -178,7 +183,7 @@ async fn bring_up(
     match configured {
         Ok(()) => {
             times.note(BootPhase::Configured, spec.started.elapsed());
-            Ok((connected, token, emulated))
+            Ok((connected, token, emulated, loopback))
         }
         Err(error) => {
             let report = connected.channel.close(by).await;
@@ -222,6 +227,22 @@ fn random_token() -> Result<Token, SandboxError> {
             source,
         })?;
     Ok(Token::from_bytes(bytes))
+}
+
+/// Ports can be forwarded only where the kernel can redirect; a pod runs without.
+async fn listen_on_loopback(parts: &Parts) -> Option<LoopbackListener> {
+    let network = parts.network.as_ref()?;
+    let by = Deadline::after(HOST_SETUP);
+    match network.listen_on_loopback(by).await {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            tracing::warn!(
+                error = chain(&error),
+                "ports of this pod cannot be forwarded"
+            );
+            None
+        }
+    }
 }
 
 /// Waits for READY, or for the end of the VM, whichever comes first.

@@ -8,6 +8,7 @@
 //! This crate must not know ttrpc, containerd's messages, or which VMM it runs.
 //!
 //! Reading order: [`spec`], [`sandbox`], `boot`, `container`, `exec`, `stdio`,
+//! `forward`,
 //! `watch`, [`teardown`], [`mod@cleanup`].
 
 mod boot;
@@ -15,6 +16,7 @@ pub mod cleanup;
 mod container;
 pub mod error;
 mod exec;
+mod forward;
 mod pids;
 mod process;
 pub mod rundir;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use podhull_agent_client::{AgentChannel, AgentError};
 use podhull_api::agent;
+use podhull_network::LoopbackListener;
 use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
 use podhull_types::{
     BootPhase, BootTimes, ContainerId, Deadline, ExecId, ExitStatus, ProcessRef, Token,
@@ -61,6 +62,12 @@ pub struct Sandbox {
     pub(crate) death: OnceLock<String>,
     pub(crate) events: EventSink,
     pub(crate) tasks: TaskTracker,
+    /// The forwarded connections.
+    pub(crate) forwards: TaskTracker,
+    /// Cancelled when their servers have ended.
+    pub(crate) drain_forwards: CancellationToken,
+    /// Cancelled when they must not hold the teardown up any more.
+    pub(crate) cut_forwards: CancellationToken,
     pub(crate) stop_watching: CancellationToken,
     /// Cancelled when calls to the agent must not hold the teardown up any more.
     pub(crate) cut_calls: CancellationToken,
@@ -72,6 +79,8 @@ pub struct Sandbox {
 pub(crate) struct Booted {
     pub(crate) channel: AgentChannel,
     pub(crate) parts: Parts,
+    /// Absent where the host's kernel cannot redirect.
+    pub(crate) loopback: Option<LoopbackListener>,
     pub(crate) token: Token,
     pub(crate) address: GuestAddress,
     pub(crate) leases: LeaseSet,
@@ -92,6 +101,7 @@ impl Booted {
         Self {
             channel,
             parts,
+            loopback: None,
             token: Token::from_bytes([7; Token::LEN]),
             address,
             leases,
@@ -117,9 +127,13 @@ impl Sandbox {
         if give_up.is_cancelled() {
             return Err(SandboxError::Stopping(spec.id));
         }
-        let booted = crate::boot::boot(&runtime, &spec, give_up).await?;
+        let mut booted = crate::boot::boot(&runtime, &spec, give_up).await?;
+        let loopback = booted.loopback.take();
         let sandbox = Self::new(runtime, spec, events, booted);
         crate::watch::start(&sandbox).await;
+        if let Some(listener) = loopback {
+            crate::forward::start(&sandbox, listener);
+        }
         crate::boot::show(&sandbox, &sandbox.boot_times());
         Ok(sandbox)
     }
@@ -148,6 +162,9 @@ impl Sandbox {
             death: OnceLock::new(),
             events,
             tasks: TaskTracker::new(),
+            forwards: TaskTracker::new(),
+            drain_forwards: CancellationToken::new(),
+            cut_forwards: CancellationToken::new(),
             stop_watching: CancellationToken::new(),
             cut_calls: CancellationToken::new(),
             times: Mutex::new(booted.times),

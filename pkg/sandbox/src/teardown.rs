@@ -172,12 +172,28 @@ async fn end_sessions(sandbox: &Sandbox, by: Deadline) -> Outcome {
     {
         finishing.spawn(io.finish(by));
     }
-    let reports = finishing.join_all().await;
+    let (reports, cut_forwards) = tokio::join!(finishing.join_all(), end_forwards(sandbox, by));
     let cut = reports.iter().filter(|report| !report.complete).count();
-    match cut {
-        0 => Outcome::Clean,
-        cut => Outcome::Forced(format!("the output of {cut} processes was cut")),
+    match (cut, cut_forwards) {
+        (0, 0) => Outcome::Clean,
+        (cut, forwards) => Outcome::Forced(format!(
+            "cut: the output of {cut} processes, {forwards} forwarded connections"
+        )),
     }
+}
+
+/// Delivers what the servers sent, and ends their connections; how many had to
+/// be cut.
+async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> usize {
+    sandbox.forwards.close();
+    sandbox.drain_forwards.cancel();
+    if by.run(sandbox.forwards.wait()).await.is_ok() {
+        return 0;
+    }
+    let left = sandbox.forwards.len();
+    sandbox.cut_forwards.cancel();
+    sandbox.forwards.wait().await;
+    left
 }
 
 async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {

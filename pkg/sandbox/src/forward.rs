@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Forwarded ports: what the host connects to in the pod's loopback, carried to
+//! the guest's.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use podhull_network::LoopbackListener;
+use podhull_transport::{SessionTarget, reset};
+use tokio::net::TcpStream;
+
+use crate::error::SandboxError;
+use crate::sandbox::{Phase, Sandbox};
+
+const KIND: &str = "forward";
+/// Pause after a failed accept: nothing tells when descriptors are back, and
+/// trying at once would spin.
+const FAILED_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts connections until the sandbox is being stopped. One that fails ends
+/// only itself.
+pub(crate) fn start(sandbox: &Arc<Sandbox>, listener: LoopbackListener) {
+    let sandbox = Arc::clone(sandbox);
+    sandbox.tasks.clone().spawn(async move {
+        let mut phase = sandbox.phase.subscribe();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = phase.wait_for(|phase| !matches!(phase, Phase::Running)) => return,
+            };
+            match accepted {
+                Ok((stream, port)) => {
+                    let connection = forward(Arc::clone(&sandbox), stream, port);
+                    sandbox.forwards.spawn(connection);
+                }
+                Err(error) => {
+                    tracing::warn!(sandbox = %sandbox.spec.id, %error, "a connection to the pod's loopback was lost");
+                    tokio::time::sleep(FAILED_PAUSE).await;
+                }
+            }
+        }
+    });
+}
+
+/// One connection, from the accept to its end. Where the guest has no server,
+/// or none is to be asked any more, the client sees a reset at once: the
+/// redirect has accepted already.
+async fn forward(sandbox: Arc<Sandbox>, stream: TcpStream, port: u16) {
+    let target = SessionTarget::Forward { port };
+    let dialled = match sandbox.check_usable() {
+        Ok(()) => {
+            let dial = sandbox.dial_session(&target);
+            let dialled = sandbox.cut_forwards.run_until_cancelled(dial).await;
+            dialled.unwrap_or_else(|| Err(SandboxError::Stopping(sandbox.spec.id.clone())))
+        }
+        Err(error) => Err(error),
+    };
+    let session = match dialled {
+        Ok(session) => session,
+        Err(error) => {
+            tracing::info!(sandbox = %sandbox.spec.id, port, %error, "port not forwarded");
+            return reset(stream);
+        }
+    };
+    let metrics = &sandbox.runtime.metrics;
+    let open = metrics.sessions.with_label_values(&[KIND]);
+    open.inc();
+    let report = session
+        .relay_until(
+            stream,
+            sandbox.drain_forwards.cancelled(),
+            sandbox.cut_forwards.cancelled(),
+        )
+        .await;
+    open.dec();
+    for (direction, bytes) in [("input", report.sent), ("output", report.received)] {
+        metrics
+            .session_bytes
+            .with_label_values(&[KIND, direction])
+            .inc_by(bytes);
+    }
+    tracing::debug!(sandbox = %sandbox.spec.id, port, ?report, "forwarded connection ended");
+}
