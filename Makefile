@@ -19,6 +19,7 @@ export PODHULL_KERNEL       ?= $(CURDIR)/$(GUEST)/vmlinux
 export PODHULL_INITRAMFS    ?= $(CURDIR)/$(GUEST)/initramfs.cpio
 export PODHULL_VSOCK_DAEMON ?= $(CACHE)/bin/vhost-device-vsock-0.3.0/vhost-device-vsock
 export PODHULL_CONTAINERD_24 ?= $(CACHE)/bin/containerd-2.4.2
+export PODHULL_STREAMS      ?= $(CACHE)/bin/streams/streams
 
 .PHONY: help
 help: ## this list
@@ -48,7 +49,7 @@ test-unit: packages ## unit and crate tests
 	@tests/unit.sh
 
 .PHONY: test-cri
-test-cri: packages tools guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
+test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
 	@cargo run --quiet --release -p podhull-cri-tests -- --containerd $(or $(CONTAINERD),all) $(FILTER)
 
 .PHONY: test-all
@@ -68,6 +69,11 @@ packages:
 tools: packages
 	@$(SETUP)/containerd.sh
 	@$(SETUP)/vsock-daemon.sh
+
+# Only the suites need it.
+.PHONY: streams
+streams: packages
+	@$(SETUP)/streams.sh
 
 .PHONY: kernel
 kernel: packages

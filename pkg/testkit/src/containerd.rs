@@ -82,6 +82,8 @@ impl Containerd {
     pub async fn start(release: Release, programs: &Programs, folder: &Path) -> Result<Self> {
         write("/etc/cni/net.d/10-bridge.conflist", &config::cni())?;
         write("/etc/podhull/config.toml", &config::podhull(programs))?;
+        // Forwarding a port is to connect to localhost, of both families.
+        write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")?;
         write(CONFIG, &config::containerd(release, Path::new(SOCKET)))?;
         install_shim(programs)?;
         let mut containerd = Self {

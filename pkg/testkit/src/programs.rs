@@ -24,6 +24,9 @@ pub struct Programs {
     pub qemu: PathBuf,
     /// The vhost-user vsock daemon.
     pub vsock_daemon: PathBuf,
+    /// The streaming client that is built from Kubernetes' library; only the
+    /// suites need it.
+    pub streams: PathBuf,
     /// The folder with containerd 2, its ctr and its runc shim.
     pub containerd_2: PathBuf,
 }
@@ -54,6 +57,7 @@ impl Programs {
                     "bin/vhost-device-vsock-{VSOCK_DAEMON}/vhost-device-vsock"
                 )),
             ),
+            streams: or("PODHULL_STREAMS", cache.join("bin/streams/streams")),
             containerd_2: or(
                 "PODHULL_CONTAINERD_24",
                 cache.join(format!("bin/containerd-{CONTAINERD_2}")),
