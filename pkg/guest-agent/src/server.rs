@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The control channel's service: requests in, [`Containers`] does the work.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
 use futures::Stream;
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use podhull_api::agent::agent_server::Agent;
 use podhull_api::agent::{self, Event};
@@ -23,6 +24,13 @@ use crate::network;
 
 /// The usual size of a pod's /dev/shm.
 const DEFAULT_SHM: u64 = 64 << 20;
+
+/// For /proc/sys/vm/drop_caches: names and inodes.
+const DROP_NAMES: &str = "2";
+/// For the same: from now on, no line in the kernel's log about it.
+const QUIETLY: &str = "4";
+/// Passes until a name of two levels and its inode have gone.
+const PASSES: u32 = 4;
 
 /// The service.
 #[derive(Debug)]
@@ -83,6 +91,39 @@ fn set_sysctl(name: &str, value: &str) -> Result<(), GuestError> {
     }
     let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
     fs::write(&path, value).map_err(GuestError::file("write", path))
+}
+
+/// Gives back what the guest has of a container's part of the shared tree: its
+/// mounts, then the names and inodes that the kernel remembers. The file server
+/// keeps a descriptor for each, and the host cannot unmount what it keeps.
+fn leave_share(id: &ContainerId) -> Result<(), GuestError> {
+    let table = "/proc/self/mountinfo";
+    let text = fs::read_to_string(table).map_err(GuestError::file("read", table))?;
+    for point in mounts_of(id, &text) {
+        nix::mount::umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+            .map_err(|errno| GuestError::file("unmount", point)(errno.into()))?;
+    }
+    let caches = "/proc/sys/vm/drop_caches";
+    fs::write(caches, QUIETLY).map_err(GuestError::file("write", caches))?;
+    // A pass over what was used lately only marks it as old, and an inode, or a
+    // folder, is up only after its name, or what is in it.
+    for _ in 0..PASSES {
+        fs::write(caches, DROP_NAMES).map_err(GuestError::file("write", caches))?;
+    }
+    Ok(())
+}
+
+/// The topmost mounts in a container's part of the shared tree.
+fn mounts_of(id: &ContainerId, mountinfo: &str) -> BTreeSet<PathBuf> {
+    let folder = PathBuf::from(SHARE).join(id.as_str());
+    mountinfo
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .filter_map(|point| Path::new(point).strip_prefix(&folder).ok())
+        // The host named it: no character of it is escaped.
+        .filter_map(|below| below.components().next())
+        .map(|name| folder.join(name))
+        .collect()
 }
 
 async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> {
@@ -233,7 +274,19 @@ impl Agent for Service {
         let request = request.into_inner();
         let id = process(&request.container_id, &request.exec_id)?;
         let containers = self.containers.clone();
-        let code = to_the_end(async move { containers.delete(&id).await }).await?;
+        let code = to_the_end(async move {
+            let code = containers.delete(&id).await?;
+            if id.exec.is_none() {
+                let container = id.container.clone();
+                let left = tokio::task::spawn_blocking(move || leave_share(&container)).await;
+                // The host does without: it detaches what is still in use.
+                if !matches!(left, Ok(Ok(()))) {
+                    tracing::warn!(container = %id.container, ?left, "shared tree not left");
+                }
+            }
+            Ok(code)
+        })
+        .await?;
         let exit = code.map(|code| agent::Exit {
             code: code.into(),
             at_ns: now_ns(),
@@ -326,12 +379,28 @@ impl Agent for Service {
         let mut problems = self.containers.end_all(Deadline::after(time)).await;
         nix::unistd::sync();
         // What is still mounted from it keeps it busy; the host must know.
-        if let Err(errno) = nix::mount::umount2(SHARE, nix::mount::MntFlags::MNT_DETACH)
+        if let Err(errno) = nix::mount::umount2(SHARE, MntFlags::MNT_DETACH)
             && errno != nix::errno::Errno::EINVAL
         {
             problems.push(format!("unmount the shared tree: {errno}"));
         }
         self.ended.notify_one();
         Ok(Response::new(agent::ShutdownResponse { problems }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_containers_own_topmost_mounts_are_left() {
+        let text = "1 0 0:1 / /run/podhull/share rw - virtiofs x rw\n\
+            2 1 0:2 / /run/podhull/share/c1/rootfs rw - virtiofs x rw\n\
+            3 2 0:3 / /run/podhull/share/c1/v1/a\\040b rw - virtiofs x rw\n\
+            4 1 0:4 / /run/podhull/share/c10/rootfs rw - virtiofs x rw\n";
+        let found = mounts_of(&ContainerId::new("c1").unwrap(), text);
+        let expected = ["rootfs", "v1"].map(|name| Path::new(SHARE).join("c1").join(name));
+        assert_eq!(found, BTreeSet::from(expected));
     }
 }

@@ -2,12 +2,14 @@
 //! All cases, by area.
 
 mod cgroup;
+mod churn;
 mod concurrency;
 mod confinement;
 mod container;
 mod event;
 mod exec;
 mod fault;
+mod hung;
 mod lifecycle;
 mod mount;
 mod network;
@@ -45,7 +47,9 @@ pub(crate) fn all() -> Vec<Case> {
         event::cases(),
         refusal::cases(),
         confinement::cases(),
+        churn::cases(),
         fault::cases(),
+        hung::cases(),
         restart::cases(),
         node::cases(),
         shim::cases(),
