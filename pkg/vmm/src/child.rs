@@ -376,7 +376,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_child_that_cannot_be_watched_is_killed_and_reaped() {
-        let command = Command::new("/usr/bin/yes");
+        let mut command = Command::new("sleep");
+        command.arg("1000");
         let pid = spawn_on_lasting_thread(command).await.unwrap();
         let refused = Unreaped::adopt_with(pid, |_| Err(io::ErrorKind::Other.into()));
         assert!(refused.is_err());
