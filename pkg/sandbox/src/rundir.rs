@@ -34,7 +34,14 @@ pub struct RunDir(PathBuf);
 /// the shared tree, which remove what they made.
 const SANDBOX_FILES: [&str; 2] = ["sandbox.json", "boot.json"];
 /// Files of the shim, which may outlive its sandbox: containerd still asks.
-const SHIM_FILES: [&str; 5] = ["shim.log", "shim.1", "shim.sock", "shim.new", "shim.json"];
+const SHIM_FILES: [&str; 6] = [
+    "shim.log",
+    "shim.1",
+    "shim.sock",
+    "shim.new",
+    "shim.json",
+    "metrics.sock",
+];
 
 impl RunDir {
     /// The folder of a sandbox; it need not exist.
@@ -87,6 +94,12 @@ impl RunDir {
     #[must_use]
     pub fn log(&self) -> PathBuf {
         self.0.join("shim.log")
+    }
+
+    /// Where the shim's numbers are read.
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.sock")
     }
 
     /// The shim's socket.

@@ -22,6 +22,7 @@ pub mod delete;
 mod error;
 mod identity;
 pub mod info;
+mod metrics;
 mod publisher;
 mod sandbox_service;
 pub mod server;

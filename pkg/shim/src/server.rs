@@ -26,6 +26,7 @@ use crate::bootstrap::{SERVES, TTRPC_ADDRESS};
 use crate::connections;
 use crate::error::ShimError;
 use crate::identity::Identity;
+use crate::metrics;
 use crate::publisher::Publisher;
 use crate::sandbox_service::SandboxService;
 use crate::shim::Shim;
@@ -146,6 +147,9 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
     let events_to = std::env::var(TTRPC_ADDRESS).unwrap_or_default();
     let publisher = Arc::new(Publisher::start(&namespace, &events_to));
     let stop_timeout = runtime.config.stop_timeout();
+    let numbers = runtime.metrics.clone();
+    let readers = metrics::listen(&run_dir.metrics())
+        .map_err(ShimError::file("listen at", run_dir.metrics()))?;
     let shim = Shim::new(namespace, id, runtime, Arc::clone(&publisher), started);
     let open = TaskTracker::new();
     let mut server = server(&shim, listener, open.clone())?;
@@ -168,6 +172,7 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
         () = shim.ending.cancelled() => tracing::info!("containerd ends the shim"),
         _ = terminated.recv() => tracing::info!("terminated"),
         () = unused(&shim) => tracing::warn!("nobody asked for a pod"),
+        never = metrics::serve(&readers, &numbers) => match never {},
     }
     shim.release(Deadline::after(stop_timeout)).await;
     publisher.finish(Deadline::after(LAST_EVENTS)).await;

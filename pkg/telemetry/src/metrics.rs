@@ -3,8 +3,8 @@
 
 use podhull_types::BootTimes;
 use prometheus::{
-    Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Error, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 /// Bucket bounds for things that take between a millisecond and a minute.
@@ -131,10 +131,8 @@ impl Metrics {
     ///
     /// # Errors
     /// If a metric cannot be encoded.
-    pub fn text(&self) -> Result<Vec<u8>, Error> {
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
-        Ok(text)
+    pub fn text(&self) -> Result<String, Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }
 
@@ -153,7 +151,7 @@ mod tests {
         times.note(BootPhase::AgentReady, Duration::from_millis(500));
         times.note(BootPhase::VmmSpawned, Duration::from_millis(20));
         metrics.note_boot(&times);
-        let text = String::from_utf8(metrics.text().unwrap()).unwrap();
+        let text = metrics.text().unwrap();
         assert!(
             text.contains(r#"podhull_boot_phase_duration_seconds_sum{phase="agent_ready"} 0.48"#)
         );
