@@ -22,13 +22,7 @@ const DEATH_FOLLOWS: Duration = Duration::from_secs(5);
 
 /// Starts the watchers. They hold the sandbox weakly, so that it can be dropped.
 pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
-    let vm = sandbox
-        .parts
-        .lock()
-        .await
-        .as_ref()
-        .and_then(|parts| parts.vm.clone());
-    if let Some(vm) = vm {
+    if let Some(vm) = vm_of(sandbox).await {
         spawn(sandbox, watch_vm(Arc::downgrade(sandbox), vm));
     }
     // The last event that was handled: the agent keeps those after it.
@@ -38,6 +32,12 @@ pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
         watch_events(Arc::downgrade(sandbox), Arc::clone(&seen)),
     );
     spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox), seen));
+}
+
+/// The VM, unless the sandbox is being stopped.
+async fn vm_of(sandbox: &Sandbox) -> Option<Arc<dyn Vm>> {
+    let parts = sandbox.parts.lock().await;
+    parts.as_ref().and_then(|parts| parts.vm.clone())
 }
 
 fn spawn(sandbox: &Sandbox, watcher: impl Future<Output = ()> + Send + 'static) {
@@ -237,6 +237,11 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
         }
         if answered.elapsed() >= dead_after {
             let silent = answered.elapsed().as_secs();
+            // Whoever waits for the guest's bytes sees their end only once it has ended.
+            if let Some(vm) = vm_of(&sandbox).await {
+                let report = vm.stop(Deadline::after(Duration::ZERO)).await;
+                tracing::debug!(?report, "ended the silent VM");
+            }
             declare_dead(&sandbox, format!("the guest was silent for {silent} s"));
             return;
         }

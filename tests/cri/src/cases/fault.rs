@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Processes of a pod die or hang.
 
-use std::time::Duration;
+use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
+use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::cri::{Container, Pod};
 
 use super::lifecycle::boot_id;
-use crate::case::{Skip, cases, same};
-use crate::context::Context;
+use super::node::CONFIG;
+use crate::case::{Skip, cases, contains, same};
+use crate::context::{Context, refusal};
 use crate::procfs::{Processes, Role, signal};
 
 cases! {
@@ -21,6 +24,7 @@ cases! {
         fault_killed_vsock_daemon_ends_its_pod,
         fault_panic_of_the_guest_ends_its_pod,
         fault_frozen_guest_comes_back,
+        fault_guest_frozen_for_good_ends_its_pod,
         fault_killed_vmm_answers_a_running_exec;
 }
 
@@ -145,4 +149,36 @@ async fn fault_frozen_guest_comes_back(t: &Context) -> Result<()> {
     ensure!(pod.is_ready().await?, "the pod was given up");
     same!(boot_id(&container).await?, boot);
     Ok(())
+}
+
+async fn fault_guest_frozen_for_good_ends_its_pod(t: &Context) -> Result<()> {
+    const DEAD_AFTER: Duration = Duration::from_secs(8);
+    let config = podhull_config(t.node().programs());
+    let seconds = DEAD_AFTER.as_secs();
+    let text = format!("{config}heartbeat_seconds = 1\ndead_after_seconds = {seconds}\n");
+    fs::write(CONFIG, text).context("write podhull's configuration")?;
+    let (pod, container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    let begin = Instant::now();
+    signal(processes.pid(Role::Vmm)?, Signal::SIGSTOP)?;
+    // Who came before that is answered at the end.
+    let early = container.exec(["true"]);
+    let late = async {
+        // Suspect after two seconds at most: whoever comes then is told at once.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let text = refusal(container.exec(["true"]).await, "an exec in a frozen guest")?;
+        contains!(&text, "heartbeat");
+        let took = begin.elapsed();
+        ensure!(took < Duration::from_secs(5), "told only after {took:?}");
+        ensure!(pod.is_ready().await?, "given up too early");
+        anyhow::Ok(())
+    };
+    let (early, late) = tokio::join!(early, late);
+    late?;
+    refusal(early, "an exec that the guest never saw")?;
+    same!(container.exited(NOTICED_WITHIN).await?.exit_code, 137);
+    let took = begin.elapsed();
+    let given_up = DEAD_AFTER - Duration::from_secs(1)..DEAD_AFTER + Duration::from_secs(4);
+    ensure!(given_up.contains(&took), "given up after {took:?}");
+    ends(&pod, &container, &processes).await
 }

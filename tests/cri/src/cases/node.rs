@@ -26,7 +26,8 @@ cases! {
         node_without_kvm_is_refused_unless_emulation_is_allowed;
 }
 
-const CONFIG: &str = "/etc/podhull/config.toml";
+/// podhull's configuration, which the runner restores.
+pub(super) const CONFIG: &str = "/etc/podhull/config.toml";
 
 /// The node's configuration with one key changed.
 fn with(t: &Context, key: &str, value: &str) -> String {
