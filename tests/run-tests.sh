@@ -45,7 +45,7 @@ join() {
 
 stage packages make -s packages
 background kernel make -s kernel
-background tools make -s tools
+background tools make -s tools streams
 background cargo-deny tests/setup/rust-tools.sh
 stage build-shim make -s shim
 stage build-guest make -s initramfs
