@@ -16,6 +16,7 @@ mod network;
 mod node;
 mod oracle;
 mod pod;
+mod port_forward;
 mod reader;
 mod refusal;
 mod restart;
@@ -23,6 +24,9 @@ mod security;
 mod session;
 mod shim;
 mod stats;
+mod stream_attach;
+mod stream_exec;
+mod stream_load;
 mod task;
 
 use crate::case::Case;
@@ -44,6 +48,10 @@ pub(crate) fn all() -> Vec<Case> {
         exec::cases(),
         session::cases(),
         reader::cases(),
+        stream_exec::cases(),
+        stream_attach::cases(),
+        port_forward::cases(),
+        stream_load::cases(),
         event::cases(),
         refusal::cases(),
         confinement::cases(),

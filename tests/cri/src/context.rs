@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a case is given.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -193,4 +194,10 @@ pub(crate) fn refusal<T>(result: Result<T>, of: &str) -> Result<String> {
         Ok(_) => bail!("{of} was not refused"),
         Err(error) => Ok(format!("{error:#}")),
     }
+}
+
+/// True if the run may take long: cases then move and repeat as much as they
+/// are meant to, and not what a machine without KVM does in a minute.
+pub(crate) fn heavy() -> bool {
+    env::var_os("PODHULL_HEAVY").is_some()
 }

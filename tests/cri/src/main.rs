@@ -10,8 +10,10 @@
 
 mod case;
 mod cases;
+mod client;
 mod context;
 mod options;
+mod peer;
 mod probe;
 mod procfs;
 mod runner;

@@ -14,12 +14,14 @@ use podhull_testkit::{Node, Release, evidence};
 
 use crate::case::{Case, Setup, Skip};
 use crate::cases;
-use crate::context::Context;
+use crate::context::{Context, heavy};
 use crate::options::Options;
 use crate::tally::Tally;
 
 /// No case takes longer.
 const CASE_WITHIN: Duration = Duration::from_secs(120);
+/// No case of a heavy run does.
+const HEAVY_WITHIN: Duration = Duration::from_secs(1800);
 /// After it, everything it made is gone within this.
 const CLEAN_WITHIN: Duration = Duration::from_secs(10);
 /// For removing one pod that a case left.
@@ -138,9 +140,10 @@ async fn one(context: &mut Context, case: &Case, before: &Snapshot) -> (Result<(
     if let Err(error) = context.begin_case(case.name, before.clone()) {
         return (Err(error), Ok(()));
     }
-    let result = match tokio::time::timeout(CASE_WITHIN, (case.run)(context)).await {
+    let within = if heavy() { HEAVY_WITHIN } else { CASE_WITHIN };
+    let result = match tokio::time::timeout(within, (case.run)(context)).await {
         Ok(result) => result,
-        Err(_) => Err(anyhow!("still runs after {CASE_WITHIN:?}")),
+        Err(_) => Err(anyhow!("still runs after {within:?}")),
     };
     // While its pods are still there.
     let result = result.map_err(|error| {

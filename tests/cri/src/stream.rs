@@ -11,6 +11,7 @@ use podhull_testkit::cri::Container;
 use podhull_testkit::cri::api::{AttachRequest, ExecRequest};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use tokio::time::error::Elapsed;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
@@ -26,6 +27,40 @@ const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
+
+/// Opens a stream whose address containerd gave.
+pub(crate) async fn connect(url: &str) -> Result<WebSocketStream<TcpStream>> {
+    let authority = url
+        .strip_prefix("http://")
+        .and_then(|rest| rest.split('/').next());
+    let authority = authority.with_context(|| format!("no host in {url}"))?;
+    let stream = TcpStream::connect(authority)
+        .await
+        .with_context(|| format!("connect to {url}"))?;
+    let mut request = url.replacen("http", "ws", 1).into_client_request()?;
+    let headers = request.headers_mut();
+    headers.insert("Sec-WebSocket-Protocol", PROTOCOL.parse()?);
+    let handshake = tokio_tungstenite::client_async(request, stream);
+    let (socket, _) = tokio::time::timeout(WITHIN, handshake)
+        .await
+        .context("handshake")??;
+    Ok(socket)
+}
+
+/// Sends `bytes` on a channel.
+pub(crate) async fn message(
+    socket: &mut WebSocketStream<TcpStream>,
+    channel: u8,
+    bytes: &[u8],
+) -> Result<()> {
+    let mut message = vec![channel];
+    message.extend_from_slice(bytes);
+    let sent = socket.send(Message::Binary(message.into()));
+    tokio::time::timeout(WITHIN, sent)
+        .await
+        .context("a send hangs")??;
+    Ok(())
+}
 
 /// An open exec or attach connection.
 #[derive(Debug)]
@@ -76,46 +111,22 @@ impl Session {
     }
 
     async fn connect(url: &str) -> Result<Self> {
-        let authority = url
-            .strip_prefix("http://")
-            .and_then(|rest| rest.split('/').next());
-        let authority = authority.with_context(|| format!("no host in {url}"))?;
-        let stream = TcpStream::connect(authority)
-            .await
-            .with_context(|| format!("connect to {url}"))?;
-        let mut request = url.replacen("http", "ws", 1).into_client_request()?;
-        let headers = request.headers_mut();
-        headers.insert("Sec-WebSocket-Protocol", PROTOCOL.parse()?);
-        let handshake = tokio_tungstenite::client_async(request, stream);
-        let (socket, _) = tokio::time::timeout(WITHIN, handshake)
-            .await
-            .context("handshake")??;
         Ok(Self {
-            socket,
+            socket: connect(url).await?,
             stdout: Vec::new(),
             stderr: Vec::new(),
         })
     }
 
-    async fn message(&mut self, channel: u8, bytes: &[u8]) -> Result<()> {
-        let mut message = vec![channel];
-        message.extend_from_slice(bytes);
-        let sent = self.socket.send(Message::Binary(message.into()));
-        tokio::time::timeout(WITHIN, sent)
-            .await
-            .context("a send hangs")??;
-        Ok(())
-    }
-
     /// Writes to standard input.
     pub(crate) async fn send(&mut self, text: &str) -> Result<()> {
-        self.message(STDIN, text.as_bytes()).await
+        message(&mut self.socket, STDIN, text.as_bytes()).await
     }
 
     /// Tells the size of the terminal.
     pub(crate) async fn resize(&mut self, columns: u16, rows: u16) -> Result<()> {
         let size = json!({"Width": columns, "Height": rows});
-        self.message(RESIZE, size.to_string().as_bytes()).await
+        message(&mut self.socket, RESIZE, size.to_string().as_bytes()).await
     }
 
     /// The next message, taken in; `None` at the end. The status comes last.
@@ -158,6 +169,36 @@ impl Session {
             );
         }
         Ok(())
+    }
+
+    /// Sends a line until its answer is seen. Right after an attach, containerd
+    /// may pass input on before it passes output back.
+    pub(crate) async fn ask(&mut self, line: &str, answer: &str) -> Result<()> {
+        const AGAIN: Duration = Duration::from_secs(2);
+        for _ in 0..10 {
+            self.send(line).await?;
+            if let Ok(seen) = tokio::time::timeout(AGAIN, self.wrote(answer)).await {
+                return seen;
+            }
+        }
+        bail!("{line:?} has no answer");
+    }
+
+    /// Reads to the end, without a look at what it says.
+    pub(crate) async fn drain(&mut self) -> Result<()> {
+        while self.next().await?.is_some() {}
+        Ok(())
+    }
+
+    /// Reads to the end, on whichever word.
+    ///
+    /// # Errors
+    /// If nothing comes any more, not even an end.
+    pub(crate) async fn ended(&mut self) -> Result<()> {
+        match self.drain().await {
+            Err(error) if error.is::<Elapsed>() => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Reads to the end and gives the exit code.

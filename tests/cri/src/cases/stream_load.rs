@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Many streams of a pod at once: what is left of them, and what becomes of
+//! them when the pod is stopped or its VM stands still.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use futures::future::try_join_all;
+use nix::sys::signal::Signal;
+use podhull_testkit::containerd::podhull_config;
+use podhull_testkit::cri::{Container, Pod};
+use podhull_testkit::oracle::descriptors;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use super::node::CONFIG;
+use crate::case::{cases, contains, same};
+use crate::context::{Context, heavy, refusal};
+use crate::peer::{Spdy, direct, echoes, namespace, numbers, serve};
+use crate::procfs::{self, Processes, Role, signal};
+use crate::stream::Session;
+
+cases! {
+    ALL_TWICE:
+        load_stopped_pod_ends_every_stream_in_order;
+    // What is counted are podhull's own descriptors and threads, and only its
+    // pods have a VM that can stand still.
+    PODHULL_TWICE:
+        load_that_has_ended_leaves_the_shim_as_it_was;
+    PODHULL_ONCE:
+        load_of_hundreds_of_execs_leaves_the_shim_as_it_was,
+        load_on_a_frozen_guest_goes_on_after_it;
+}
+
+const EXECS: usize = 5;
+const ATTACHES: usize = 2;
+const FORWARDS: usize = 5;
+const PORT: u16 = 8001;
+const WITHIN: Duration = Duration::from_secs(20);
+/// What the kubelet gives a pod by default, and containerd after it.
+const GRACE: Duration = Duration::from_secs(30);
+
+const COUNT: &str = "n=0; while :; do n=$((n+1)); echo line $n; done";
+
+/// Lines that follow each other; the last may be cut, and the first, too, unless
+/// they are to begin with the first of all. Gives how many they are.
+fn contiguous(bytes: &[u8], from_the_first: bool) -> Result<u64> {
+    let mut text = std::str::from_utf8(bytes).context("no text")?;
+    let mut next = Some(1);
+    if !from_the_first {
+        text = text.split_once('\n').map_or("", |(_, whole)| whole);
+        let first = text.lines().next().unwrap_or_default();
+        next = first
+            .rsplit(' ')
+            .next()
+            .and_then(|number| number.parse().ok());
+    }
+    let mut count = 0;
+    for line in text.split_inclusive('\n') {
+        let number = next.with_context(|| format!("no number in {line:?}"))? + count;
+        let expected = format!("line {number}\n");
+        let cut = !line.ends_with('\n') && expected.starts_with(line);
+        ensure!(
+            line == expected || cut,
+            "{line:?} after {count} lines, expected {expected:?}"
+        );
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// A pod with a container that counts, and one that echoes what is forwarded.
+async fn busy_pod(t: &Context) -> Result<(Pod, Container)> {
+    let pod = t.ready_pod().await?;
+    serve(t, &pod, "server", &["echo=127.0.0.1:8001"]).await?;
+    let script = format!("while read word; do echo $word; [ $word != go ] || {{ {COUNT}; }}; done");
+    let container = t
+        .container(&pod, "main")
+        .shell(&script)
+        .edit(|config| config.stdin = true)
+        .start()
+        .await?;
+    Ok((pod, container))
+}
+
+/// Sends numbers to a server that echoes and checks them, until something
+/// ends it; gives how many bytes came back.
+async fn pump(mut stream: TcpStream) -> Result<u64> {
+    let block = numbers(32 << 10);
+    let (mut from, mut to) = stream.split();
+    let sending = async { while to.write_all(&block).await.is_ok() {} };
+    let reading = async {
+        let mut count = 0;
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(size @ 1..) = from.read(&mut buffer).await {
+            for byte in &buffer[..size] {
+                ensure!(
+                    *byte == block[count % block.len()],
+                    "the byte at {count} differs"
+                );
+                count += 1;
+            }
+        }
+        Ok(u64::try_from(count)?)
+    };
+    tokio::pin!(sending);
+    tokio::pin!(reading);
+    tokio::select! {
+        count = &mut reading => count,
+        () = &mut sending => reading.await,
+    }
+}
+
+/// The shim's line about the end of a sandbox, once it is written.
+async fn stop_report(t: &Context, pod: &Pod) -> Result<String> {
+    let by = Instant::now() + WITHIN;
+    loop {
+        let log = t.containerd().await.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("sandbox stopped") && line.contains(pod.id()));
+        if let Some((_, report)) = line.and_then(|line| line.split_once("report=")) {
+            return Ok(report.to_owned());
+        }
+        ensure!(Instant::now() < by, "the shim does not tell of the end");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> {
+    let (pod, container) = busy_pod(t).await?;
+    let mut attached = Vec::new();
+    for _ in 0..ATTACHES {
+        attached.push(Session::attach(t, &container, false).await?);
+    }
+    let mut execs = Vec::new();
+    for _ in 0..EXECS {
+        execs.push(Session::exec(t, &container, &["sh", "-c", COUNT], false).await?);
+    }
+    // Without containerd between, whose relay may stand still with its client's.
+    let namespace = namespace()?;
+    let mut forwards = Vec::new();
+    for _ in 0..FORWARDS {
+        let mut stream = direct(&namespace, Ipv4Addr::LOCALHOST, PORT).await?;
+        echoes(&mut stream, b"some").await?;
+        forwards.push(tokio::spawn(pump(stream)));
+    }
+    for session in &mut execs {
+        session.wrote("line 100\n").await?;
+    }
+    if let Some(session) = attached.first_mut() {
+        session.send("go\n").await?;
+    }
+    for session in &mut attached {
+        session.wrote("00\n").await?;
+    }
+
+    // Everything moves: every byte that comes from here on is checked, too.
+    let begin = Instant::now();
+    let stopping = pod.stop();
+    let ending = try_join_all(execs.iter_mut().chain(&mut attached).map(Session::ended));
+    let (stopped, ended) = tokio::join!(stopping, tokio::time::timeout(GRACE, ending));
+    stopped?;
+    ended.context("a session goes on")??;
+    let took = begin.elapsed();
+    ensure!(took < GRACE, "all sessions ended only after {took:?}");
+    for session in &execs {
+        let lines = contiguous(&session.stdout, true).context("an exec")?;
+        ensure!(lines >= 100, "an exec has {lines} lines");
+    }
+    for session in &attached {
+        // It may begin anywhere.
+        contiguous(&session.stdout, false).context("an attach")?;
+    }
+    for forward in forwards {
+        let count = tokio::time::timeout(WITHIN, forward)
+            .await
+            .context("a forward goes on")??;
+        let count = count.context("a forward")?;
+        ensure!(count > 0, "nothing was forwarded");
+    }
+    if t.is_podhull() {
+        let report = stop_report(t, &pod).await?;
+        let steps = report.split(", ").filter_map(|step| step.split_once(": "));
+        let steps: Vec<_> = steps.map(|(step, _)| step).collect();
+        let order = [
+            "processes",
+            "sessions",
+            "agent",
+            "grpc",
+            "transport",
+            "vm",
+            "network",
+            "tree",
+            "folder",
+        ];
+        let mut at = steps.iter();
+        for step in order {
+            ensure!(
+                at.any(|name| *name == step),
+                "{step} is not where it belongs in {steps:?}"
+            );
+        }
+        // What was moving when it had to stop was not cut by a deadline.
+        contains!(
+            &report,
+            "processes: clean",
+            "sessions: clean",
+            "agent: clean",
+            "grpc: clean"
+        );
+    }
+    Ok(())
+}
+
+/// What a shim holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Held {
+    descriptors: BTreeMap<String, usize>,
+    threads: usize,
+}
+
+impl Held {
+    fn by(shim: u32) -> Result<Self> {
+        Ok(Self {
+            descriptors: descriptors(shim)?,
+            threads: procfs::status(shim, "Threads")?.parse()?,
+        })
+    }
+
+    fn exceeds(&self, other: &Self) -> bool {
+        let more = |(target, count): (&String, &usize)| {
+            other
+                .descriptors
+                .get(target)
+                .is_none_or(|then| count > then)
+        };
+        self.threads > other.threads || self.descriptors.iter().any(more)
+    }
+
+    /// What the shim holds once that has not changed for a while: containerd
+    /// keeps a forwarded connection for a second after its end.
+    async fn at_rest(shim: u32) -> Result<Self> {
+        const REST: Duration = Duration::from_secs(2);
+        let by = Instant::now() + WITHIN;
+        let (mut last, mut since) = (Self::by(shim)?, Instant::now());
+        while since.elapsed() < REST {
+            ensure!(Instant::now() < by, "it does not come to rest: {last:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = Self::by(shim)?;
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+        }
+        Ok(last)
+    }
+
+    /// Waits until the shim holds no more than this again.
+    async fn again(&self, shim: u32) -> Result<()> {
+        let by = Instant::now() + WITHIN;
+        loop {
+            let now = Self::by(shim)?;
+            if !now.exceeds(self) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// Opens, uses and ends one round of everything.
+async fn round(t: &Context, pod: &Pod, container: &Container) -> Result<()> {
+    let mut attached = Vec::new();
+    for _ in 0..ATTACHES {
+        attached.push(Session::attach(t, container, false).await?);
+    }
+    let execs = (0..EXECS).map(|_| async {
+        let script = "read line; seq 10000; exit 3";
+        let mut session = Session::exec(t, container, &["sh", "-c", script], false).await?;
+        session.send("go\n").await?;
+        same!(session.exit_code().await?, 3);
+        anyhow::Ok(())
+    });
+    try_join_all(execs).await?;
+    let spdy = Spdy::forward(t, pod, PORT).await?;
+    let mut streams = Vec::new();
+    for _ in 0..FORWARDS {
+        streams.push(spdy.connect().await?);
+    }
+    let bytes = numbers(100_000);
+    try_join_all(streams.iter_mut().map(|stream| echoes(stream, &bytes))).await?;
+    drop(streams);
+    for mut session in attached {
+        session.ask("word\n", "word\n").await?;
+        session.close().await?;
+    }
+    spdy.end().await?;
+    Ok(())
+}
+
+async fn load_that_has_ended_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
+    let (pod, container) = busy_pod(t).await?;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    // The first makes what stays: threads of the pool, connections.
+    round(t, &pod, &container).await?;
+    let before = Held::at_rest(shim).await?;
+    for _ in 0..3 {
+        round(t, &pod, &container).await?;
+    }
+    before.again(shim).await
+}
+
+fn resident_kib(pid: u32) -> Result<u64> {
+    let text = procfs::status(pid, "VmRSS")?;
+    text.trim_end_matches(" kB").parse().context(text)
+}
+
+async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
+    const GROWTH_KIB: u64 = 4096;
+    let many = if heavy() { 1000 } else { 100 };
+    let (pod, container) = t.idle().await?;
+    let container = &container;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    let some = async |count: u32| {
+        for number in 0..count {
+            let output = container
+                .shell(&format!("echo {number}"))
+                .await?
+                .success()?;
+            same!(output.text(), number.to_string());
+        }
+        anyhow::Ok(())
+    };
+    let at_once = async || {
+        let execs = (0..50).map(|number| async move {
+            same!(
+                container.shell(&format!("exit {number}")).await?.code,
+                number
+            );
+            anyhow::Ok(())
+        });
+        try_join_all(execs).await
+    };
+    at_once().await?;
+    some(20).await?;
+    let (before, resident) = (Held::at_rest(shim).await?, resident_kib(shim)?);
+    some(many).await?;
+    at_once().await?;
+    before.again(shim).await?;
+    let now = resident_kib(shim)?;
+    ensure!(
+        now <= resident + GROWTH_KIB,
+        "{resident} KiB were resident, now {now}"
+    );
+    Ok(())
+}
+
+async fn load_on_a_frozen_guest_goes_on_after_it(t: &Context) -> Result<()> {
+    let (beat, frozen) = if heavy() { (5, 30) } else { (2, 7) };
+    let config = podhull_config(t.node().programs());
+    let text = format!("{config}heartbeat_seconds = {beat}\n");
+    fs::write(CONFIG, text).context("write podhull's configuration")?;
+    let (pod, container) = busy_pod(t).await?;
+    let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
+    let mut exec = Session::exec(
+        t,
+        &container,
+        &["sh", "-c", "while read word; do echo $word; done; exit 3"],
+        false,
+    )
+    .await?;
+    let mut attached = Session::attach(t, &container, false).await?;
+    let spdy = Spdy::forward(t, &pod, PORT).await?;
+    let mut forwarded = spdy.connect().await?;
+    attached.ask("attached\n", "attached\n").await?;
+    let mut all = async |word: &str| {
+        exec.send(&format!("{word}\n")).await?;
+        attached.send(&format!("{word}\n")).await?;
+        exec.wrote(&format!("{word}\n")).await?;
+        attached.wrote(&format!("{word}\n")).await?;
+        echoes(&mut forwarded, &numbers(50_000)).await
+    };
+    all("before").await?;
+    signal(vmm, Signal::SIGSTOP)?;
+    let begin = Instant::now();
+    // Their words wait; whoever comes new is told at once.
+    let waiting = all("meanwhile");
+    let new = async {
+        // A beat is due, and then missed.
+        tokio::time::sleep(Duration::from_secs(2 * beat + 1)).await;
+        let asked = Instant::now();
+        let text = refusal(container.exec(["true"]).await, "an exec in a frozen guest")?;
+        let took = asked.elapsed();
+        contains!(&text, "heartbeat");
+        ensure!(took < Duration::from_secs(1), "told only after {took:?}");
+        let left = Duration::from_secs(frozen).saturating_sub(begin.elapsed());
+        tokio::time::sleep(left).await;
+        signal(vmm, Signal::SIGCONT)
+    };
+    tokio::try_join!(waiting, new)?;
+    all("after").await?;
+    ensure!(pod.is_ready().await?, "the pod was given up");
+    same!(
+        String::from_utf8_lossy(&exec.stdout),
+        "before\nmeanwhile\nafter\n"
+    );
+    let text = String::from_utf8_lossy(&attached.stdout).into_owned();
+    same!(
+        text.trim_start_matches("attached\n"),
+        "before\nmeanwhile\nafter\n"
+    );
+    // It is no longer suspect.
+    let by = Instant::now() + WITHIN;
+    while container.exec(["true"]).await.is_err() {
+        ensure!(Instant::now() < by, "it is still suspect");
+    }
+    same!(spdy.end().await?, "", "what the forwarding client says");
+    Ok(())
+}
