@@ -52,6 +52,7 @@ stage build-guest make -s initramfs
 join kernel
 join tools
 join cargo-deny
+stage demo tests/demo.sh
 stage lint make -s lint
 stage unit make -s test-unit
 stage cri make -s test-cri CONTAINERD=all
