@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The same contract over AF_VSOCK itself, where the kernel loops it back
+//! (module vsock_loopback). What needs a guest is a case of the CRI suite.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test"
+)]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use podhull_transport::{
+    Closing, GuestAddress, Holder, HolderKind, Lease, LeaseSet, SessionTarget, TransportError,
+    VsockListener, VsockTransport, open_session, receive_session,
+};
+use podhull_types::{Cid, Deadline, Token, VsockPort};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// `VMADDR_CID_LOCAL` of linux/vm_sockets.h.
+const LOCAL: Cid = Cid(1);
+/// No VM of the machine under test has this one.
+const ABSENT: Cid = Cid(0x7ffe_dead);
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(20))
+}
+
+fn lease(leases: &LeaseSet) -> Lease {
+    let holder = Holder::new(HolderKind::Session, "test");
+    leases.issue(holder).unwrap()
+}
+
+async fn dial(leases: &LeaseSet, port: VsockPort) -> Result<VsockTransport, TransportError> {
+    let address = GuestAddress::Vsock { cid: LOCAL };
+    address.dial(port, lease(leases), soon()).await
+}
+
+async fn connected(leases: &LeaseSet) -> (VsockTransport, VsockTransport) {
+    let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
+    let (dialled, accepted) = tokio::join!(dial(leases, listener.port()), listener.accept());
+    assert!(listener.close(soon()).await.is_clean());
+    (dialled.unwrap(), accepted.unwrap())
+}
+
+/// Runs `test`, or says why not.
+fn with_loopback(test: impl Future<Output = ()>) {
+    if !Path::new("/sys/module/vsock_loopback").exists() {
+        println!("SKIP: the kernel does not loop AF_VSOCK back");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(test);
+}
+
+#[test]
+fn l7_a_dialled_and_an_accepted_connection_carry_large_writes_both_ways() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        let bytes: Vec<u8> = (0..1_u32 << 20).flat_map(u32::to_le_bytes).collect();
+        let exchange = async |transport: &VsockTransport| {
+            let (mut read, mut write) = tokio::io::split(transport.io().unwrap());
+            let mut back = vec![0; bytes.len()];
+            let (sent, received) =
+                tokio::join!(write.write_all(&bytes), read.read_exact(&mut back));
+            sent.unwrap();
+            received.unwrap();
+            assert!(back == bytes, "the bytes differ");
+        };
+        tokio::join!(exchange(&one), exchange(&other));
+        assert!(one.close(soon()).await.is_clean());
+        assert!(other.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    });
+}
+
+#[test]
+fn l2_a_duplicate_reads_on_after_the_original_was_closed() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        let duplicate = one.try_dup().unwrap();
+        assert!(one.close(soon()).await.is_clean());
+        let mut io = other.io().unwrap();
+        io.write_all(b"still").await.unwrap();
+        let mut word = [0; 5];
+        let mut copy = duplicate.io().unwrap();
+        copy.read_exact(&mut word).await.unwrap();
+        assert_eq!(&word, b"still");
+        drop((copy, io));
+        assert!(duplicate.close(soon()).await.is_clean());
+        assert!(other.close(soon()).await.is_clean());
+    });
+}
+
+#[test]
+fn l5_a_connection_that_nobody_used_for_a_while_is_usable() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        one.io().unwrap().write_all(b"x").await.unwrap();
+        assert_eq!(other.io().unwrap().read_u8().await.unwrap(), b'x');
+        assert!(one.close(soon()).await.is_clean());
+        assert!(other.close(soon()).await.is_clean());
+    });
+}
+
+#[test]
+fn l5_a_port_without_a_listener_and_an_absent_vm_are_errors_at_once() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let began = Instant::now();
+        let closed = dial(&leases, VsockPort(0x7fff_0001)).await.unwrap_err();
+        assert!(matches!(closed, TransportError::Dial { .. }), "{closed}");
+        let gone = GuestAddress::Vsock { cid: ABSENT };
+        let absent = gone.dial(VsockPort::SESSIONS, lease(&leases), soon()).await;
+        let absent = absent.unwrap_err();
+        let TransportError::Dial { source, .. } = &absent else {
+            panic_with(&absent)
+        };
+        assert_eq!(source.raw_os_error(), Some(libc::ENODEV), "{source}");
+        assert!(began.elapsed() < Duration::from_secs(5));
+        assert!(leases.held().is_empty(), "a failed dial keeps its lease");
+    });
+}
+
+fn panic_with(error: &TransportError) -> ! {
+    unreachable!("{error:?}")
+}
+
+#[test]
+fn l7_a_peer_of_another_vm_is_refused_and_the_listener_goes_on() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let listener = VsockListener::bind_vsock(None, Cid(77), leases.clone()).unwrap();
+        let stranger = dial(&leases, listener.port()).await.unwrap();
+        let refused = async {
+            let mut io = stranger.io().unwrap();
+            io.read(&mut [0]).await
+        };
+        tokio::select! {
+            accepted = listener.accept() => unreachable!("{accepted:?}"),
+            read = refused => assert!(matches!(read, Ok(0) | Err(_)), "{read:?}"),
+        }
+        assert!(stranger.close(soon()).await.is_clean());
+        assert!(listener.close(soon()).await.is_clean());
+    });
+}
+
+#[test]
+fn l10_a_stopping_vm_takes_no_connection() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
+        let dialling = lease(&leases);
+        leases.close();
+        let address = GuestAddress::Vsock { cid: LOCAL };
+        let (dialled, accepted) = tokio::join!(
+            address.dial(listener.port(), dialling, soon()),
+            listener.accept()
+        );
+        assert!(matches!(
+            accepted.unwrap_err(),
+            TransportError::Closing(Closing { .. })
+        ));
+        if let Ok(transport) = dialled {
+            assert!(transport.close(soon()).await.is_clean());
+        }
+        assert!(leases.held().is_empty());
+    });
+}
+
+#[test]
+fn a_session_ends_with_its_exit_code_and_the_rest_of_its_bytes() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (host, guest) = connected(&leases).await;
+        let token = Token::from_bytes([3; Token::LEN]);
+        let target = SessionTarget::Forward { port: 80 };
+        let serve = async {
+            let incoming = receive_session(guest, &token, soon()).await.unwrap();
+            let mut session = incoming.accept(soon()).await.unwrap();
+            let mut asked = Vec::new();
+            session.input.read_to_end(&mut asked).await.unwrap();
+            session.output.write_all(&asked).await.unwrap();
+            session.output.shutdown().await.unwrap();
+            session.error.shutdown().await.unwrap();
+            session.handle.send_exit(7);
+            session.handle.closed().await;
+            assert!(session.handle.close(soon()).await.is_clean());
+        };
+        let ask = async {
+            let mut session = open_session(host, &token, &target, soon()).await.unwrap();
+            let bytes = vec![b'z'; 3 << 20];
+            let (mut input, mut output) = (session.input, session.output);
+            let send = async {
+                input.write_all(&bytes).await.unwrap();
+                input.shutdown().await.unwrap();
+            };
+            let mut back = Vec::new();
+            let (read, ()) = tokio::join!(output.read_to_end(&mut back), send);
+            assert_eq!(read.unwrap(), bytes.len());
+            session.error.read_to_end(&mut Vec::new()).await.unwrap();
+            assert_eq!(session.handle.exit().await.unwrap(), 7);
+            assert!(session.handle.close(soon()).await.is_clean());
+        };
+        tokio::join!(serve, ask);
+        assert!(leases.held().is_empty());
+    });
+}
