@@ -207,13 +207,13 @@ impl Config {
             let shown = value.display().to_string();
             check(value.is_absolute(), key, shown, "expected an absolute path")?;
         }
-        // A socket's path must fit 108 bytes: <run_dir>/<16>/vm/vsock_4294967295.
         check(
             self.first_vm_uid == 0 || (65_536..=0x8000_0000).contains(&self.first_vm_uid),
             "first_vm_uid",
             self.first_vm_uid.to_string(),
             "expected 0, or 65536 to 2147483648",
         )?;
+        // A socket's path must fit 108 bytes: <run_dir>/<16>/vm/vsock_4294967295.
         let run_dir = self.run_dir.as_os_str().len();
         check(
             run_dir <= 60,

@@ -325,7 +325,6 @@ async fn configure(
         sysctls: spec.sysctls.clone().into_iter().collect(),
         share_tag: SHARE_TAG.to_owned(),
         shm_size: spec.shm_size.unwrap_or(0),
-        heartbeat_seconds: 0,
     };
     connected
         .channel
