@@ -12,7 +12,7 @@ units_only=
 [ "${1:-}" != --units ] || { units_only=yes; shift; }
 tree=$CACHE/mutations/tree
 done=$CACHE/mutations/$(git rev-parse --short HEAD)
-suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
+suite=${CARGO_TARGET_DIR:-$CACHE/target}/release/podhull-cri-tests
 # A target folder of its own: cargo tells a workspace by what is in it, not by where it is, so what is built of the
 # broken tree would be taken for the checkout's.
 target=$CACHE/mutations/target

@@ -31,6 +31,10 @@ PACKAGES=(
   "make:kernel build"
 )
 
+# Docker's package takes the place of Debian's: installing the one would remove the other.
+if dpkg-query -W -f '${db:Status-Status}\n' containerd.io 2>/dev/null | grep -qx installed; then
+  die "containerd.io (Docker's package) is installed here, and the suite needs Debian's containerd: use another machine"
+fi
 missing=()
 for entry in "${PACKAGES[@]}"; do
   name=${entry%%:*}
@@ -53,5 +57,5 @@ if [ ! -e "$policy" ]; then
   chmod 0755 "$policy"
   trap 'rm -f "$policy"' EXIT
 fi
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$CACHE/apt.log" 2>&1 \
+apt-get install -y -qq --no-install-recommends --no-remove "${missing[@]}" >"$CACHE/apt.log" 2>&1 \
   || { tail -20 "$CACHE/apt.log" >&2; die "apt-get install failed; whole log: $CACHE/apt.log"; }

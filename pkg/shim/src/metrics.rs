@@ -24,7 +24,7 @@ const READER: Duration = Duration::from_secs(5);
 /// Listens at `path`, where nobody else listens: the folder is the pod's own.
 pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => UnixListener::bind(path),
     }
 }
