@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's cgroup v2 tree.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use podhull_api::agent::{IoStat, StatsResponse};
 use podhull_types::{ContainerId, Deadline};
 
 use crate::error::GuestError;
+use crate::sys;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Our branch, as an OCI `cgroupsPath`.
@@ -21,6 +22,8 @@ const BRANCH: &str = "podhull";
 /// How often a removal is tried again: the kernel says EBUSY until the last
 /// process is fully gone, and tells nobody when.
 const RETRY: Duration = Duration::from_millis(5);
+/// How many processes are held at a time, each by a descriptor.
+const HELD: usize = 256;
 
 /// Mounts the tree and passes every controller on to our branch.
 pub(crate) fn set_up() -> Result<(), GuestError> {
@@ -87,6 +90,11 @@ impl Cgroup {
     pub(crate) fn pids(&self) -> Vec<u32> {
         let text = self.read("cgroup.procs").unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Signals every process in it.
+    pub(crate) fn signal(&self, signal: i32) -> Result<(), GuestError> {
+        signal_all(|| self.pids(), signal).map_err(GuestError::system("signal a process"))
     }
 
     /// Kills every process in it at once. An absent cgroup has none.
@@ -189,6 +197,26 @@ impl Cgroup {
     }
 }
 
+/// Signals the processes that `list` lists. Most are not our children, so a PID
+/// may be another's by the time it is used: a process is held first, and must be
+/// listed still.
+fn signal_all(list: impl Fn() -> Vec<u32>, signal: i32) -> io::Result<()> {
+    for pids in list().chunks(HELD) {
+        let held: Vec<_> = pids
+            .iter()
+            .filter_map(|pid| Some((pid, sys::hold(*pid).ok()?)))
+            .collect();
+        let still: HashSet<_> = list().into_iter().collect();
+        for (_, process) in held.iter().filter(|(pid, _)| still.contains(pid)) {
+            match sys::signal_held(process, signal) {
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// cgroup v1 CPU shares as a v2 weight: the curve through minimum, default and
 /// maximum that runc (since 1.3.2), crun and libcontainer share.
 fn weight(shares: u64) -> u64 {
@@ -246,7 +274,43 @@ fn parse_io(text: &str) -> Vec<IoStat> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, ChildStdout, Command, Stdio};
+
     use super::*;
+
+    /// Says whether a signal or its input's end came first. Nobody counts on its
+    /// exit: another test reaps all children of the process.
+    fn listener() -> (Child, BufReader<ChildStdout>) {
+        let script = "trap 'echo signal; exit' TERM; echo ready; read line; echo end";
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        (child, output)
+    }
+
+    #[test]
+    fn only_processes_that_are_still_listed_are_signalled() {
+        let (mut member, member_said) = listener();
+        // Its PID was a member's when the list was read.
+        let (mut stranger, stranger_said) = listener();
+        let (one, two) = (member.id(), stranger.id());
+        // No process has this one.
+        let lists = RefCell::new(vec![vec![one], vec![one, two, u32::MAX >> 1]]);
+        signal_all(|| lists.borrow_mut().pop().unwrap(), libc::SIGTERM).unwrap();
+        assert_eq!(io::read_to_string(member_said).unwrap(), "signal\n");
+        drop(stranger.stdin.take());
+        assert_eq!(io::read_to_string(stranger_said).unwrap(), "end\n");
+        let _ = (member.wait(), stranger.wait());
+    }
 
     #[test]
     fn shares_become_weights_as_with_runc() {

@@ -287,16 +287,7 @@ impl Containers {
             return Cgroup::of(&id.container).kill();
         }
         if all {
-            for pid in Cgroup::of(&id.container).pids() {
-                let pid = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
-                match crate::sys::kill_raw(pid, signal) {
-                    Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
-                        return Err(GuestError::system("signal a process")(error));
-                    }
-                    _ => {}
-                }
-            }
-            return Ok(());
+            return Cgroup::of(&id.container).signal(signal);
         }
         let gone = || GuestError::NoProcess(id.clone());
         let pid = process.pid().ok_or_else(gone)?;

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "fork, and calls without safe wrappers")]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::unistd::{ForkResult, Pid};
 
@@ -63,6 +63,35 @@ pub(crate) fn inherited(number: i32) -> OwnedFd {
 pub(crate) fn kill_raw(pid: Pid, signal: i32) -> io::Result<()> {
     // SAFETY: `kill` takes integers and touches no memory.
     check(unsafe { libc::kill(pid.as_raw(), signal) }.into())
+}
+
+/// Holds a process: what is done with the descriptor is done to it or, once it
+/// has been reaped, to nobody.
+pub(crate) fn hold(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(
+        pid,
+        rustix::process::PidfdFlags::empty(),
+    )?)
+}
+
+/// Sends a signal by its number, real-time ones too, to a held process.
+pub(crate) fn signal_held(process: &OwnedFd, signal: i32) -> io::Result<()> {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the descriptor is open, and without siginfo_t the call takes
+    // integers only and touches no memory.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            signal,
+            none,
+            0,
+        )
+    })
 }
 
 /// Installs a seccomp filter as a privileged process does, leaving no_new_privs
