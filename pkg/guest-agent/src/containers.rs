@@ -178,12 +178,8 @@ impl Containers {
         };
         let by = deadline();
         let mut helper = Helper::start(&self.reaper, "create", &task, streams)?;
-        let pid = helper.pid(by).await.map_err(|error| match error {
-            GuestError::Start(words) => GuestError::Start(format!(
-                "OCI runtime create failed: unable to start container process: {words}"
-            )),
-            other => other,
-        })?;
+        let failed = |error: GuestError| error.in_runcs_words("create failed");
+        let pid = helper.pid(by).await.map_err(failed)?;
         if let Some(console) = console {
             let (ends, terminal) = Ends::terminal(console.receive(by).await?)?;
             process.set_terminal(ends, terminal);

@@ -80,6 +80,16 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// A start that failed in `step`, as runc tells it.
+    pub(crate) fn in_runcs_words(self, step: &str) -> Self {
+        match self {
+            Self::Start(words) => Self::Start(format!(
+                "OCI runtime {step}: unable to start container process: {words}"
+            )),
+            other => other,
+        }
+    }
+
     pub(crate) fn file(
         what: &'static str,
         path: impl Into<PathBuf>,
@@ -93,5 +103,20 @@ impl GuestError {
             what,
             source: source.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failed_start_is_told_in_runcs_words() {
+        let failed = |error: GuestError| error.in_runcs_words("create failed").to_string();
+        assert_eq!(
+            failed(GuestError::Start("exec: \"x\": not found".into())),
+            "OCI runtime create failed: unable to start container process: exec: \"x\": not found"
+        );
+        assert_eq!(failed(GuestError::Deadline("x")), "x: deadline passed");
     }
 }

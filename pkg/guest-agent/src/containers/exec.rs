@@ -68,12 +68,7 @@ impl Containers {
         };
         let by = deadline();
         let mut helper = Helper::start(&self.reaper, "exec", &task, streams)?;
-        let failed = |error| match error {
-            GuestError::Start(words) => GuestError::Start(format!(
-                "OCI runtime exec failed: exec failed: unable to start container process: {words}"
-            )),
-            other => other,
-        };
+        let failed = |error: GuestError| error.in_runcs_words("exec failed: exec failed");
         let pid = helper.pid(by).await.map_err(failed)?;
         let exit = self.reaper.claim(pid, helper.since());
         if let Some(console) = console {
