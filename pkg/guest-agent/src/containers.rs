@@ -3,6 +3,7 @@
 
 mod complete;
 mod exec;
+mod limits;
 
 use std::collections::HashMap;
 use std::fs;

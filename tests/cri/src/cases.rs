@@ -17,6 +17,7 @@ mod node;
 mod oracle;
 mod pod;
 mod port_forward;
+mod process;
 mod reader;
 mod refusal;
 mod restart;
@@ -39,6 +40,7 @@ pub(crate) fn all() -> Vec<Case> {
         concurrency::cases(),
         pod::cases(),
         container::cases(),
+        process::cases(),
         task::cases(),
         stats::cases(),
         security::cases(),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use podhull_types::ContainerId;
 
+use super::limits;
 use crate::cgroup::Cgroup;
 use crate::error::GuestError;
 
@@ -19,6 +20,9 @@ pub(super) fn complete(
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(rootfs.into());
     spec.set_root(Some(root));
+    if let Some(process) = spec.process_mut() {
+        limits::complete(process)?;
+    }
     let invalid = |reason: String| GuestError::Invalid {
         field: "linux.namespaces",
         reason,

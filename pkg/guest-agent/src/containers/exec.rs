@@ -7,7 +7,7 @@ use oci_spec::runtime::Process as ProcessSpec;
 use podhull_api::agent;
 use podhull_types::ProcessRef;
 
-use super::{Containers, deadline, streams};
+use super::{Containers, deadline, limits, streams};
 use crate::cgroup::Cgroup;
 use crate::error::GuestError;
 use crate::helper::Helper;
@@ -26,11 +26,12 @@ impl Containers {
         process_json: &[u8],
         stdio: agent::Stdio,
     ) -> Result<(), GuestError> {
-        let spec: ProcessSpec =
+        let mut spec: ProcessSpec =
             serde_json::from_slice(process_json).map_err(|error| GuestError::Invalid {
                 field: "process",
                 reason: error.to_string(),
             })?;
+        limits::complete(&mut spec)?;
         self.init_pid(&id.container)?;
         let waiting = Some(Waiting::Exec(Box::new(spec)));
         let process = Arc::new(Process::new(id.clone(), stdio, waiting));
