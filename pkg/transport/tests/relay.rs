@@ -75,6 +75,7 @@ struct Forward {
     server: TcpStream,
     host: JoinHandle<RelayReport>,
     guest: JoinHandle<RelayReport>,
+    unserved: oneshot::Sender<()>,
     give_up: oneshot::Sender<()>,
 }
 
@@ -84,13 +85,17 @@ impl Forward {
         let (host, guest) = session(&leases).await;
         let (client, local) = tcp().await;
         let (server, to_server) = tcp().await;
-        let (give_up, given_up) = oneshot::channel();
+        let (give_up, given_up) = oneshot::channel::<()>();
+        let (unserved, nobody_serves) = oneshot::channel::<()>();
+        let nobody_serves = async move { drop(nobody_serves.await) };
+        let given_up = async move { drop(given_up.await) };
         Self {
             leases,
             client,
             server,
-            host: tokio::spawn(host.relay(local, async { drop(given_up.await) })),
+            host: tokio::spawn(host.relay_until(local, nobody_serves, given_up)),
             guest: tokio::spawn(guest.relay(to_server, pending())),
+            unserved,
             give_up,
         }
     }
@@ -101,7 +106,7 @@ impl Forward {
         let guest = soon().run(self.guest).await.unwrap().unwrap();
         assert!(host.closed.is_clean() && guest.closed.is_clean());
         assert!(self.leases.held().is_empty());
-        drop(self.give_up);
+        drop((self.unserved, self.give_up));
         (host, guest)
     }
 }
@@ -199,6 +204,29 @@ async fn l8_a_lost_guest_resets_the_client() {
 
 /// As in containerization#477: a relay that writes before it reads again stands
 /// still once both sides do.
+#[tokio::test]
+async fn l8_a_client_of_a_dead_server_gets_its_bytes_and_is_not_waited_for() {
+    let mut forward = Forward::new().await;
+    let answer = pattern(900_001);
+    let (client, server) = (&mut forward.client, &mut forward.server);
+    client.write_all(b"more to come").await.unwrap();
+    let mut question = [0; 12];
+    server.read_exact(&mut question).await.unwrap();
+    let serve = async {
+        server.write_all(&answer).await.unwrap();
+        server.shutdown().await.unwrap();
+    };
+    let (received, ()) = tokio::join!(rest(client), serve);
+    assert!(received.unwrap() == answer, "the answer differs");
+    assert!(!forward.host.is_finished(), "the client may still send");
+    let (unserved, _) = oneshot::channel();
+    let told = std::mem::replace(&mut forward.unserved, unserved);
+    told.send(()).unwrap();
+    let (host, _) = forward.ended().await;
+    assert!(host.cut.is_none(), "{:?}", host.cut);
+    assert_eq!(host.received, 900_001);
+}
+
 #[tokio::test]
 async fn l8_both_ways_blocked_is_no_deadlock() {
     const LENGTH: usize = 4 << 20;
