@@ -60,6 +60,11 @@ test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel
 bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table
 	@cargo run --quiet --release -p podhull-bench -- quick
 
+# Other cases: FILTER="fault_ exec_".
+.PHONY: test-kvm
+test-kvm: ## transports and core cases on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
+	@tests/run-part.sh kvm
+
 # --- parts ---------------------------------------------------------------------
 .PHONY: packages
 packages:

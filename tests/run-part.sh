@@ -20,10 +20,13 @@ debian_kernel() {
 
 part() {
   case $1 in
-    mutations) make -s tools guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/mutations/run.sh ;;
+    mutations) make -s tools streams guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/mutations/run.sh ;;
     reproducible) make -s guest && tests/reproducible.sh ;;
     debian-kernel) make -s tools shim && debian_kernel ;;
-    kvm) make -s tools guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/kvm/lane.sh ;;
+    kvm)
+      make -s tools streams guest shim && cargo build --quiet --release -p podhull-cri-tests
+      VSOCK_TESTS=$(cargo test --quiet --no-run --message-format=json -p podhull-transport --test vsock \
+        | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') tests/kvm/lane.sh ;;
     all) part mutations && part reproducible && part debian-kernel && part kvm ;;
     *) die "PART=$1: expected mutations, reproducible, debian-kernel, kvm or all" ;;
   esac

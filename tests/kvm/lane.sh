@@ -7,7 +7,9 @@
 . "$(dirname "$0")/../setup/lib.sh"
 
 # Not network_large: 32 MB take longer here (0.3 MB/s) than an exec may.
-FILTER=${FILTER:-lifecycle_stop exec_ network_addresses network_containers network_pods network_host confinement_}
+FILTER=${FILTER:-lifecycle_stop exec_commands exec_exit exec_by exec_end attach_again network_addresses network_containers
+  network_pods network_host confinement_ forward_reaches forward_to forward_half_closed_goes forward_reset forward_ends
+  load_stopped fault_killed hung_shim}
 # With two, VMs of the node crash or stall now and then (tests/README.md).
 CPUS=1
 MEMORY=4096
@@ -17,6 +19,8 @@ LIMIT=${LANE_LIMIT:-3000}
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}
 suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
+# pkg/transport's tests over AF_VSOCK, which the node's kernel loops back.
+vsock_tests=${VSOCK_TESTS:-}
 PODHULL_SHIM=${PODHULL_SHIM:-$CARGO_TARGET_DIR/release/containerd-shim-podhull-v2}
 PODHULL_KERNEL=${PODHULL_KERNEL:-$ROOT/target/guest/vmlinux}
 PODHULL_INITRAMFS=${PODHULL_INITRAMFS:-$ROOT/target/guest/initramfs.cpio}
@@ -102,6 +106,16 @@ follow() {
   [ -f "$out/code" ] || { tail -n 20 "$out/console" "$out/qemu.log" >&2; die "the node ended before its job"; }
 }
 
+# Runs in the node: the transports first; none of their tests may find nothing to test.
+with_vsock_tests() {
+  local said
+  said=$("$1" --nocapture 2>&1) || { echo "$said"; return 1; }
+  echo "$said"
+  ! grep -q '^SKIP' <<<"$said" || return 1
+  shift
+  "$@"
+}
+
 count() { grep -c -- "$1" "$2" 2>/dev/null || true; }
 
 # The pods must have been VMs of KVM that talked through the kernel's vsock, all of them.
@@ -123,6 +137,7 @@ run() {
   rm -rf "$out" && mkdir -p "$out/bin"
   install -m 0755 "$ROOT/tests/kvm/node.sh" "$ROOT/tests/kvm/watch.sh" "$out"
   [ ! -x "$suite" ] || cp "$suite" "$out/bin/"
+  [ -z "$vsock_tests" ] || cp "$vsock_tests" "$out/bin/vsock-tests"
   write_job "$@"
   start_node
   follow
@@ -143,7 +158,9 @@ if [ "${1:-}" = -- ]; then
 else
   [ -x "$suite" ] || die "$suite is missing: make test-all PART=kvm builds it"
   [ $# -gt 0 ] || set -- $FILTER
-  run "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
+  [ -n "$vsock_tests" ] || die "VSOCK_TESTS: the built tests of pkg/transport over AF_VSOCK (make test-kvm sets it)"
+  run bash -c "$(declare -f with_vsock_tests); with_vsock_tests \"\$@\"" - \
+    "$out/bin/vsock-tests" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
   check_vmms
   exit "$code"
 fi
