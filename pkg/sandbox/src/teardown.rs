@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use podhull_agent_client::AgentChannel;
+use podhull_agent_client::{AgentChannel, words};
 use podhull_api::agent;
 use podhull_network::PodNetwork;
 use podhull_storage::SharedTree;
@@ -206,7 +206,7 @@ async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {
         .await;
     match answer {
         Ok(answer) if answer.problems.is_empty() => Outcome::Clean,
-        Ok(answer) => Outcome::Failed(answer.problems.join("; ")),
+        Ok(answer) => Outcome::Failed(words(&answer.problems.join("; "))),
         Err(error) => failed(error),
     }
 }
