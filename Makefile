@@ -60,6 +60,10 @@ test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel
 bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table
 	@cargo run --quiet --release -p podhull-bench -- quick
 
+.PHONY: bench-sessions
+bench-sessions: packages tools streams guest shim ## exec, terminals and forwarded ports beside runc
+	@cargo run --quiet --release -p podhull-bench -- sessions
+
 # Other cases: FILTER="fault_ exec_".
 .PHONY: test-kvm
 test-kvm: ## transports and core cases on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine

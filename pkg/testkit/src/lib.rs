@@ -10,7 +10,7 @@
 //! is changed; when the program ends, however it ends, all of it is gone.
 //!
 //! Reading order: `namespaces`, `node`, `programs`, `image`, `containerd`,
-//! `cri`, `oracle`, `pod_processes`, `evidence`.
+//! `cri`, `oracle`, `pod_processes`, `pod_netns`, `evidence`.
 
 pub mod containerd;
 pub mod cri;
@@ -19,6 +19,7 @@ pub mod image;
 pub mod namespaces;
 pub mod node;
 pub mod oracle;
+pub mod pod_netns;
 pub mod pod_processes;
 pub mod programs;
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Figures of podhull beside those of runc: `make bench-quick`.
+//! Figures of podhull beside those of runc: `make bench-quick`,
+//! `make bench-sessions`.
 //!
 //! ```text
-//! podhull-bench quick [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]
+//! podhull-bench quick|sessions [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]
 //! ```
 //!
 //! docs/performance.md says what is measured and how. The table goes to
@@ -13,6 +14,7 @@ mod machine;
 mod options;
 mod quick;
 mod report;
+mod sessions;
 mod statistics;
 
 use std::env;
@@ -20,7 +22,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use options::Options;
+use options::{Options, Subject};
 use podhull_testkit::{Node, evidence, namespaces};
 
 /// Lines of each log that are shown when something fails.
@@ -53,8 +55,13 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
-    let measured = runtime.block_on(quick::run(&Node::here()?, options))?;
-    let report = report::markdown(&measured, options);
+    let node = Node::here()?;
+    let report = match options.subject {
+        Subject::Quick => report::markdown(&runtime.block_on(quick::run(&node, options))?, options),
+        Subject::Sessions => {
+            report::sessions(&runtime.block_on(sessions::run(&node, options))?, options)
+        }
+    };
     io::stdout()
         .lock()
         .write_all(report.as_bytes())

@@ -6,11 +6,30 @@ use podhull_testkit::Release;
 use podhull_testkit::programs::Programs;
 
 pub(crate) const USAGE: &str =
-    "usage: podhull-bench quick [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
+    "usage: podhull-bench quick|sessions [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
+
+/// Which figures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// A pod's life, and its memory.
+    Quick,
+    /// What runs in it, and ports.
+    Sessions,
+}
+
+impl Subject {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Quick => "quick",
+            Self::Sessions => "sessions",
+        }
+    }
+}
 
 /// What is to be measured.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Options {
+    pub(crate) subject: Subject,
     /// How often; a first run of each handler comes on top and is not counted.
     pub(crate) runs: usize,
     /// The handler that is measured beside runc.
@@ -22,9 +41,14 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn parse(mut args: impl Iterator<Item = String>) -> Result<Self> {
         let command = args.next();
-        ensure!(command.as_deref() == Some("quick"), "expected: quick");
+        let subject = [Subject::Quick, Subject::Sessions]
+            .into_iter()
+            .find(|subject| command.as_deref() == Some(subject.name()))
+            .context("expected: quick or sessions")?;
         let mut options = Self {
-            runs: 10,
+            subject,
+            // Of each of four pods.
+            runs: if subject == Subject::Quick { 10 } else { 50 },
             handler: "podhull".into(),
             release: Release::V2_4,
         };
@@ -61,7 +85,8 @@ impl Options {
     /// As it would be typed.
     pub(crate) fn command(&self) -> String {
         format!(
-            "podhull-bench quick -n {} --handler {} --containerd {}",
+            "podhull-bench {} -n {} --handler {} --containerd {}",
+            self.subject.name(),
             self.runs,
             self.handler,
             self.release.name()
@@ -83,6 +108,7 @@ mod tests {
         assert_eq!(options.runs, 3);
         assert_eq!(options.release, Release::Debian16);
         assert_eq!(parse("quick").unwrap().runs, 10);
+        assert_eq!(parse("sessions").unwrap().subject, Subject::Sessions);
         let typed = options.command();
         assert_eq!(
             parse(typed.strip_prefix("podhull-bench ").unwrap()).unwrap(),

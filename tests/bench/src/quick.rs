@@ -142,7 +142,7 @@ pub(crate) async fn run(node: &Node, options: &Options) -> Result<Measured> {
 }
 
 /// Test nodes log more than others do, which takes time.
-fn log_as_usual(node: &Node) -> Result<()> {
+pub(crate) fn log_as_usual(node: &Node) -> Result<()> {
     let config: String = podhull_config(node.programs())
         .lines()
         .filter(|line| !line.starts_with("log "))
@@ -252,7 +252,7 @@ impl FloorFigures {
     }
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 

@@ -3,8 +3,10 @@
 
 use std::fmt::Write;
 
+use crate::machine::Machine;
 use crate::options::Options;
 use crate::quick::{Measured, PARTS, STEPS};
+use crate::sessions;
 use crate::statistics::{Series, high_name};
 
 /// Everything that was measured.
@@ -15,6 +17,41 @@ pub(crate) fn markdown(measured: &Measured, options: &Options) -> String {
         .and_then(|()| memory(&mut text, measured, options))
         .and_then(|()| circumstances(&mut text, measured, options));
     text
+}
+
+/// What was measured of sessions.
+pub(crate) fn sessions(measured: &sessions::Measured, options: &Options) -> String {
+    let mut text = String::new();
+    let _ = session_figures(&mut text, measured, options)
+        .and_then(|()| place(&mut text, &measured.machine, &measured.load_at_end, options));
+    text
+}
+
+fn session_figures(text: &mut String, measured: &sessions::Measured, options: &Options) -> Written {
+    let other = &options.handler;
+    writeln!(
+        text,
+        "| ms where nothing else is said | n | runc median | runc high | {other} median | {other} high |\n|---|--:|--:|--:|--:|--:|"
+    )?;
+    let (runc, podhull) = (&measured.runc, &measured.other);
+    let names = sessions::FIGURES.into_iter().chain(sessions::COSTS);
+    let left = runc.figures.iter().chain(&runc.costs);
+    let right = podhull.figures.iter().chain(&podhull.costs);
+    for ((name, left), right) in names.zip(left).zip(right) {
+        writeln!(
+            text,
+            "| {name} | {} | {} | {} | {} | {} |",
+            left.len(),
+            ms(left.median()),
+            ms(left.high()),
+            ms(right.median()),
+            ms(right.high())
+        )?;
+    }
+    writeln!(
+        text,
+        "\nHigh: the 99th percentile of at least a hundred values, else the largest.\n"
+    )
 }
 
 type Written = std::fmt::Result;
@@ -95,7 +132,17 @@ fn memory(text: &mut String, measured: &Measured, options: &Options) -> Written 
 }
 
 fn circumstances(text: &mut String, measured: &Measured, options: &Options) -> Written {
-    let machine = &measured.machine;
+    place(text, &measured.machine, &measured.load_at_end, options)?;
+    if let Some(floor) = &measured.floor {
+        // Where the checkout is matters to nobody.
+        let root = format!("{}/", podhull_testkit::programs::workspace().display());
+        let command = floor.command.replace(&root, "");
+        writeln!(text, "- Command of the floor: `{command}`")?;
+    }
+    Ok(())
+}
+
+fn place(text: &mut String, machine: &Machine, load_at_end: &str, options: &Options) -> Written {
     writeln!(text, "- Date: {}", machine.date)?;
     writeln!(
         text,
@@ -105,7 +152,7 @@ fn circumstances(text: &mut String, measured: &Measured, options: &Options) -> W
     writeln!(
         text,
         "- Load average (1, 5, 15 min): {} at the start, {} at the end",
-        machine.load, measured.load_at_end
+        machine.load, load_at_end
     )?;
     writeln!(
         text,
@@ -115,14 +162,7 @@ fn circumstances(text: &mut String, measured: &Measured, options: &Options) -> W
     if let Some(vmm) = &machine.vmm {
         writeln!(text, "- {vmm}")?;
     }
-    writeln!(text, "- Command: `{}`", options.command())?;
-    if let Some(floor) = &measured.floor {
-        // Where the checkout is matters to nobody.
-        let root = format!("{}/", podhull_testkit::programs::workspace().display());
-        let command = floor.command.replace(&root, "");
-        writeln!(text, "- Command of the floor: `{command}`")?;
-    }
-    Ok(())
+    writeln!(text, "- Command: `{}`", options.command())
 }
 
 /// A dash for what does not exist.

@@ -14,6 +14,11 @@ impl Series {
         self.0.insert(at, value);
     }
 
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The value in the middle, or the mean of the two there; none of nothing.
     pub(crate) fn median(&self) -> Option<f64> {
         let upper = *self.0.get(self.0.len() / 2)?;

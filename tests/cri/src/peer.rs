@@ -2,17 +2,13 @@
 //! Forwarded ports: the server behind them (tests/streams/peer), and the ways
 //! to it.
 
-use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream as StdStream};
-use std::path::PathBuf;
+use std::net::Ipv4Addr;
 use std::process::Stdio;
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use futures::StreamExt as _;
-use nix::sched::{CloneFlags, setns};
 use podhull_testkit::cri::api::PortForwardRequest;
 use podhull_testkit::cri::{Container, Pod};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -69,60 +65,6 @@ pub(crate) async fn serve(
         .await?;
     container.wrote("ready", WITHIN).await?;
     Ok(container)
-}
-
-/// The network namespace of the node's only pod.
-fn netns() -> Result<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let paths = table
-        .lines()
-        .filter(|line| line.contains(" - nsfs "))
-        .filter_map(|line| line.split(' ').nth(4))
-        .filter(|path| path.contains("/cni-"));
-    let mut paths: Vec<_> = paths.map(PathBuf::from).collect();
-    // /var/run may be another name of /run.
-    paths.sort_by(|a, b| a.file_name().cmp(&b.file_name()));
-    paths.dedup_by(|a, b| a.file_name() == b.file_name());
-    match <[PathBuf; 1]>::try_from(paths) {
-        Ok([path]) => Ok(path),
-        Err(paths) => bail!("not one pod's network namespace: {paths:?}"),
-    }
-}
-
-/// Opens it.
-pub(crate) fn namespace() -> Result<File> {
-    let path = netns()?;
-    File::open(&path).with_context(|| format!("open {}", path.display()))
-}
-
-/// Runs `work` on a thread in a network namespace.
-pub(crate) async fn inside<T: Send + 'static>(
-    netns: &File,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let netns = netns.try_clone()?;
-    let work = move || {
-        setns(netns, CloneFlags::CLONE_NEWNET).context("enter the pod's network namespace")?;
-        work()
-    };
-    let thread = thread::spawn(work);
-    let joined = tokio::task::spawn_blocking(move || thread.join()).await?;
-    joined.map_err(|_| anyhow!("the thread in the namespace died"))?
-}
-
-/// Connects to a loopback address of the pod's namespace, as containerd does.
-pub(crate) async fn direct(
-    netns: &File,
-    address: impl Into<IpAddr>,
-    port: u16,
-) -> Result<TcpStream> {
-    let address = SocketAddr::new(address.into(), port);
-    let stream = inside(netns, move || {
-        let stream = StdStream::connect_timeout(&address, WITHIN)?;
-        stream.set_nonblocking(true)?;
-        Ok(stream)
-    });
-    Ok(TcpStream::from_std(stream.await?)?)
 }
 
 async fn url(t: &Context, pod: &Pod, ports: &[u16]) -> Result<String> {

@@ -8,14 +8,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use futures::future::try_join_all;
 use nix::sys::socket::{setsockopt, sockopt};
 use podhull_testkit::oracle::descriptors;
+use podhull_testkit::pod_netns;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
 use crate::case::{cases, contains, same};
 use crate::context::Context;
-use crate::peer::{
-    self, SIZE, Spdy, WebSocket, direct, echoes, is_reset, namespace, numbers, rest, serve, sum,
-};
+use crate::peer::{SIZE, Spdy, WebSocket, echoes, is_reset, numbers, rest, serve, sum};
 use crate::procfs::{Processes, Role};
 
 cases! {
@@ -94,11 +93,11 @@ async fn forward_to_a_closed_port_fails_at_once(t: &Context) -> Result<()> {
     const CLOSED: u16 = 9;
     let pod = t.ready_pod().await?;
     serve(t, &pod, "server", &["echo=127.0.0.1:8001"]).await?;
-    let namespace = namespace()?;
+    let namespace = pod_netns::open()?;
     for address in [V4, V6] {
         let begin = Instant::now();
         // Where the server is in the namespace, it is refused before.
-        if let Ok(mut stream) = direct(&namespace, address, CLOSED).await {
+        if let Ok(mut stream) = pod_netns::connect(&namespace, address, CLOSED).await {
             ensure!(t.is_podhull(), "something listens at {address}");
             is_reset(&mut stream).await?;
         }
@@ -139,7 +138,11 @@ async fn forward_to_a_closed_port_fails_at_once(t: &Context) -> Result<()> {
         .until(|ports| ports.get(1).is_some_and(|port| port.data == b"still here"))
         .await?;
     ensure!(back, "{socket:?}");
-    echoes(&mut direct(&namespace, V4, 8001).await?, b"and here").await
+    echoes(
+        &mut pod_netns::connect(&namespace, V4, 8001).await?,
+        b"and here",
+    )
+    .await
 }
 
 async fn forward_of_a_hundred_connections_is_whole(t: &Context) -> Result<()> {
@@ -192,27 +195,27 @@ async fn forward_half_closed_goes_on_to_the_end(t: &Context) -> Result<()> {
         "late=127.0.0.1:8006",
     ];
     let server = serve(t, &pod, "server", &servers).await?;
-    let namespace = namespace()?;
+    let namespace = pod_netns::open()?;
     let bytes = numbers(SIZE + 3);
 
-    sinks(direct(&namespace, V4, 8002).await?, &bytes)
+    sinks(pod_netns::connect(&namespace, V4, 8002).await?, &bytes)
         .await
         .context("sink")?;
-    sinks(direct(&namespace, V6, 8003).await?, &bytes)
+    sinks(pod_netns::connect(&namespace, V6, 8003).await?, &bytes)
         .await
         .context("sink over IPv6")?;
-    sinks(direct(&namespace, V4, 8002).await?, b"")
+    sinks(pod_netns::connect(&namespace, V4, 8002).await?, b"")
         .await
         .context("sink of nothing")?;
 
-    let mut stream = direct(&namespace, V4, 8004).await?;
+    let mut stream = pod_netns::connect(&namespace, V4, 8004).await?;
     ensure!(
         rest(&mut stream).await? == numbers(SIZE),
         "the source's bytes differ"
     );
 
     // The server ends first, the client goes on.
-    let mut stream = direct(&namespace, V4, 8005).await?;
+    let mut stream = pod_netns::connect(&namespace, V4, 8005).await?;
     ensure!(
         rest(&mut stream).await? == numbers(SIZE),
         "the half's bytes differ"
@@ -226,12 +229,12 @@ async fn forward_half_closed_goes_on_to_the_end(t: &Context) -> Result<()> {
     // A server that does not read holds up nobody else.
     let much = numbers(8 << 20);
     let slow = async {
-        let stream = direct(&namespace, V4, 8006).await?;
+        let stream = pod_netns::connect(&namespace, V4, 8006).await?;
         sinks(stream, &much).await.context("late")
     };
     let others = async {
         let begin = Instant::now();
-        echoes(&mut direct(&namespace, V4, 8001).await?, &bytes).await?;
+        echoes(&mut pod_netns::connect(&namespace, V4, 8001).await?, &bytes).await?;
         anyhow::Ok(begin.elapsed())
     };
     let ((), took) = tokio::try_join!(slow, others)?;
@@ -286,15 +289,15 @@ async fn forward_reset_reaches_the_other_side(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
     let servers = ["reset=127.0.0.1:8001", "echo=127.0.0.1:8002"];
     let server = serve(t, &pod, "server", &servers).await?;
-    let namespace = namespace()?;
+    let namespace = pod_netns::open()?;
 
-    let mut stream = direct(&namespace, V4, 8001).await?;
+    let mut stream = pod_netns::connect(&namespace, V4, 8001).await?;
     stream.write_all(b"x").await?;
     is_reset(&mut stream)
         .await
         .context("a server that resets")?;
 
-    let mut stream = direct(&namespace, V4, 8002).await?;
+    let mut stream = pod_netns::connect(&namespace, V4, 8002).await?;
     echoes(&mut stream, b"some").await?;
     let at_once = nix::libc::linger {
         l_onoff: 1,
@@ -325,10 +328,10 @@ async fn forward_ends_with_its_pod(t: &Context) -> Result<()> {
         &["echo=127.0.0.1:8001", "sink=127.0.0.1:8002"],
     )
     .await?;
-    let namespace = namespace()?;
+    let namespace = pod_netns::open()?;
     let spdy = Spdy::forward(t, &pod, 8001).await?;
     let (mut idle, mut busy) = (spdy.connect().await?, spdy.connect().await?);
-    let mut near = direct(&namespace, V4, 8002).await?;
+    let mut near = pod_netns::connect(&namespace, V4, 8002).await?;
     echoes(&mut idle, b"some").await?;
     near.write_all(b"some").await?;
     let moving = async {
@@ -358,7 +361,7 @@ async fn forward_ends_with_its_pod(t: &Context) -> Result<()> {
     }
     spdy.end().await?;
     // The namespace lives as long as this descriptor: what was made in it is seen.
-    let (rules, listeners) = peer::inside(&namespace, || {
+    let (rules, listeners) = pod_netns::inside(&namespace, || {
         let output = std::process::Command::new("nft")
             .args(["list", "ruleset"])
             .output()?;
@@ -392,14 +395,14 @@ fn listeners() -> Result<Vec<u16>> {
 
 async fn forward_to_the_listeners_own_port_does_not_loop(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
-    let namespace = namespace()?;
-    let ports = peer::inside(&namespace, listeners).await?;
+    let namespace = pod_netns::open()?;
+    let ports = pod_netns::inside(&namespace, listeners).await?;
     let [port] = ports[..] else {
         bail!("not one listener: {ports:?}")
     };
     for address in [V4, V6] {
         let begin = Instant::now();
-        is_reset(&mut direct(&namespace, address, port).await?).await?;
+        is_reset(&mut pod_netns::connect(&namespace, address, port).await?).await?;
         let took = begin.elapsed();
         ensure!(took < AT_ONCE, "{address} failed only after {took:?}");
     }
@@ -407,7 +410,11 @@ async fn forward_to_the_listeners_own_port_does_not_loop(t: &Context) -> Result<
     serve(t, &pod, "server", &[&format!("echo=127.0.0.1:{port}")]).await?;
     let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
     let before = descriptors(shim)?;
-    echoes(&mut direct(&namespace, V4, port).await?, b"some").await?;
+    echoes(
+        &mut pod_netns::connect(&namespace, V4, port).await?,
+        b"some",
+    )
+    .await?;
     let by = Instant::now() + WITHIN;
     loop {
         let now = descriptors(shim)?;

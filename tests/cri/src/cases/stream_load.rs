@@ -13,13 +13,14 @@ use nix::sys::signal::Signal;
 use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::cri::{Container, Pod};
 use podhull_testkit::oracle::descriptors;
+use podhull_testkit::pod_netns;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::node::CONFIG;
 use crate::case::{cases, contains, same};
 use crate::context::{Context, heavy, refusal};
-use crate::peer::{Spdy, direct, echoes, namespace, numbers, serve};
+use crate::peer::{Spdy, echoes, numbers, serve};
 use crate::procfs::{self, Processes, Role, signal};
 use crate::stream::Session;
 
@@ -141,10 +142,10 @@ async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> 
         execs.push(Session::exec(t, &container, &["sh", "-c", COUNT], false).await?);
     }
     // Without containerd between, whose relay may stand still with its client's.
-    let namespace = namespace()?;
+    let namespace = pod_netns::open()?;
     let mut forwards = Vec::new();
     for _ in 0..FORWARDS {
-        let mut stream = direct(&namespace, Ipv4Addr::LOCALHOST, PORT).await?;
+        let mut stream = pod_netns::connect(&namespace, Ipv4Addr::LOCALHOST, PORT).await?;
         echoes(&mut stream, b"some").await?;
         forwards.push(tokio::spawn(pump(stream)));
     }
