@@ -16,6 +16,8 @@ suite=${CARGO_TARGET_DIR:-$CACHE/target}/release/podhull-cri-tests
 # A target folder of its own: cargo tells a workspace by what is in it, not by where it is, so what is built of the
 # broken tree would be taken for the checkout's.
 target=$CACHE/mutations/target
+# The shim as it is, for what is broken in the guest.
+export PODHULL_SHIM=${PODHULL_SHIM:-${CARGO_TARGET_DIR:-$CACHE/target}/release/containerd-shim-podhull-v2}
 export CARGO_TARGET_DIR=$target
 mkdir -p "$CACHE/mutations"
 [ -n "$units_only" ] || [ -x "$suite" ] || die "$suite is missing: run make test-cri first"

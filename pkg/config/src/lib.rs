@@ -37,10 +37,12 @@ pub enum ConfigError {
         message: String,
     },
     /// A value is outside its range.
-    #[error("{}: {key} = {value}: {expected}", path.display())]
+    #[error("{}: line {line}: {key} = {value}: {expected}", path.display())]
     Range {
         /// The file.
         path: PathBuf,
+        /// The key's line in it.
+        line: usize,
         /// The key.
         key: &'static str,
         /// Its value.
@@ -143,17 +145,18 @@ impl Config {
             path: path.into(),
             message: error.to_string().trim_end().to_owned(),
         })?;
-        config.check(path)?;
+        config.check(text, path)?;
         Ok(config)
     }
 
-    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+    fn check(&self, text: &str, path: &Path) -> Result<(), ConfigError> {
         let check = |fine: bool, key, value: String, expected| {
             if fine {
                 return Ok(());
             }
             Err(ConfigError::Range {
                 path: path.into(),
+                line: line_of(key, text),
                 key,
                 value,
                 expected,
@@ -247,6 +250,17 @@ impl Config {
     }
 }
 
+/// The line of `key` in `text`, which is TOML. Defaults are in their ranges: a
+/// key whose value is not is there.
+fn line_of(key: &str, text: &str) -> usize {
+    let table = toml::de::DeTable::parse(text).ok();
+    let found = table.as_ref().and_then(|table| {
+        let (name, _) = table.get_ref().get_key_value(key)?;
+        text.get(..name.span().start)
+    });
+    found.map_or(0, |before| before.matches('\n').count() + 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -293,15 +307,28 @@ mod tests {
     }
 
     #[test]
-    fn values_out_of_range_name_the_key_and_the_range() {
-        for (text, key) in [
-            ("default_memory_mib = 8", "default_memory_mib"),
-            ("max_vcpus = 65", "max_vcpus"),
-            ("heartbeat_seconds = 0", "heartbeat_seconds"),
-            ("kernel = \"vmlinux\"", "kernel"),
+    fn values_out_of_range_name_the_line_the_key_and_the_range() {
+        for (text, line, key) in [
+            ("default_memory_mib = 8", 1, "default_memory_mib"),
+            (
+                "log = \"\"\"\nmax_vcpus = 65\"\"\"\n\nmax_vcpus = 65",
+                4,
+                "max_vcpus",
+            ),
+            (
+                "# heartbeat_seconds = 0\n\"heartbeat_seconds\" = 0",
+                2,
+                "heartbeat_seconds",
+            ),
+            ("max_vcpus = 2\n\n default_vcpus = 3", 3, "default_vcpus"),
+            ("qemu = \"/kernel\"\nkernel = \"vmlinux\"", 2, "kernel"),
         ] {
             let error = parse(text).unwrap_err().to_string();
-            assert!(error.contains(key) && error.contains("expected"), "{error}");
+            let place = format!("line {line}: {key} = ");
+            assert!(
+                error.contains(&place) && error.contains("expected"),
+                "{error}"
+            );
         }
     }
 }

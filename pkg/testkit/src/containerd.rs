@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-pub use config::{BRIDGE, SUBNET_V4, SUBNET_V6, podhull as podhull_config};
+pub use config::{BRIDGE, FORGETFUL, SUBNET_V4, SUBNET_V6, podhull as podhull_config};
 
 use crate::cri::Client;
 use crate::evidence;

@@ -14,6 +14,8 @@
 //! moment, so sockets may differ by [`SOCKETS_MAY_DIFFER`]; FIFOs, pipes,
 //! pidfds, namespaces and files may not. So that a slow leak of sockets cannot
 //! hide in that, a suite compares with its first snapshot, not with the last.
+//! The descriptors of shims are not among the facts, since no shim lives at the
+//! first snapshot: cases compare them (`exec_repeated…`, `load_…`).
 
 mod files;
 mod network;

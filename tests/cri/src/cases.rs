@@ -14,6 +14,7 @@ mod lifecycle;
 mod mount;
 mod network;
 mod node;
+mod oci;
 mod oracle;
 mod pod;
 mod port_forward;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> Vec<Case> {
         container::cases(),
         process::cases(),
         task::cases(),
+        oci::cases(),
         stats::cases(),
         security::cases(),
         mount::cases(),

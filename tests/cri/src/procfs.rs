@@ -127,3 +127,12 @@ pub(crate) fn namespace(pid: u32, kind: &str) -> Result<String> {
     let link = fs::read_link(format!("/proc/{pid}/ns/{kind}")).context("read a namespace")?;
     Ok(link.to_string_lossy().into_owned())
 }
+
+/// Whether a VMM emulates its guest, by its command line.
+pub(crate) fn is_emulated(vmm: u32) -> Result<bool> {
+    let arguments = fs::read(format!("/proc/{vmm}/cmdline")).context("read the VMM's arguments")?;
+    let arguments = String::from_utf8_lossy(&arguments).replace('\0', " ");
+    let [tcg, kvm] = ["tcg", "kvm"].map(|name| arguments.contains(&format!("accel={name}")));
+    ensure!(tcg != kvm, "which accelerator? {arguments}");
+    Ok(tcg)
+}

@@ -18,11 +18,17 @@ pub const SUBNET_V6: (&str, &str) = ("fd00:10:88::/64", "fd00:10:88::1");
 
 pub(super) const OPT: &str = "/var/lib/containerd/opt";
 
-/// Handlers, their runtime types, and whether the shim itself is the sandboxer.
-const HANDLERS: [(&str, &str, bool); 3] = [
+/// podhull without `privileged_without_host_devices`, as one who forgets it has
+/// it. Cases that are about it name it.
+pub const FORGETFUL: &str = "podhull-forgetful";
+
+/// Handlers, their runtime types, and whether the shim itself is the sandboxer,
+/// which 1.6 does not know.
+const HANDLERS: [(&str, &str, bool); 4] = [
     ("runc", "io.containerd.runc.v2", false),
     ("podhull", "io.containerd.podhull.v2", false),
     ("podhull-sandbox", "io.containerd.podhull.v2", true),
+    (FORGETFUL, "io.containerd.podhull.v2", true),
 ];
 
 /// containerd's own file.
@@ -74,15 +80,18 @@ state = "/run/containerd"
         socket.display()
     );
     for (handler, runtime_type, shim_is_sandboxer) in HANDLERS {
-        if shim_is_sandboxer && release == Release::Debian16 {
+        let shim_is_sandboxer = shim_is_sandboxer && release != Release::Debian16;
+        if handler == "podhull-sandbox" && !shim_is_sandboxer {
             continue;
         }
         text += &format!(
             "[plugins.\"{cri}\".containerd.runtimes.{handler}]\n  runtime_type = \"{runtime_type}\"\n"
         );
-        if handler != "runc" {
+        if !["runc", FORGETFUL].contains(&handler) {
             // A guest has devices of its own; the host's are not passed on.
             text += "  privileged_without_host_devices = true\n";
+        }
+        if handler != "runc" {
             text += "  pod_annotations = [\"podhull.dev/*\"]\n";
         }
         if shim_is_sandboxer {

@@ -10,12 +10,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::case::{cases, contains, same};
 use crate::context::Context;
-use crate::procfs::{Processes, Role, capabilities, namespace, of_threads, status};
+use crate::procfs::{Processes, Role, capabilities, is_emulated, namespace, of_threads, status};
 
 cases! {
     PODHULL_TWICE:
         confinement_vmm_has_no_rights,
         confinement_vmm_holds_only_known_descriptors,
+        confinement_file_server_holds_only_known_descriptors,
+        confinement_vsock_daemon_holds_only_known_descriptors,
         confinement_vsock_daemon_has_no_rights,
         confinement_file_server_keeps_only_its_capabilities,
         confinement_everything_is_in_the_pods_cgroup,
@@ -111,8 +113,36 @@ async fn confinement_vsock_daemon_has_no_rights(t: &Context) -> Result<()> {
     has_no_rights(Processes::of(pod.id())?.pid(Role::VsockDaemon)?)
 }
 
+/// The descriptors of `pid` lead to what is `known`, which begins like that or,
+/// for a root, is one that is not the node's. They are fewer than `most`.
+fn holds_only(pid: u32, known: &[&str], most: usize) -> Result<()> {
+    let found = podhull_testkit::oracle::descriptors(pid)?;
+    let is_known = |target: &str| {
+        let begins = |known: &&str| *known != "/" && target.starts_with(known);
+        known.contains(&target) || known.iter().any(begins)
+    };
+    let strange: Vec<_> = found.keys().filter(|target| !is_known(target)).collect();
+    ensure!(
+        strange.is_empty(),
+        "unknown descriptors of {pid}: {strange:#?}"
+    );
+    let root = fs::metadata("/")?;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // One that was closed meanwhile leads nowhere.
+        if let Ok(target) = fs::metadata(entry?.path()) {
+            let same = (target.dev(), target.ino()) == (root.dev(), root.ino());
+            ensure!(!same, "{pid} holds the node's root");
+        }
+    }
+    ensure!(
+        found.values().sum::<usize>() < most,
+        "too many descriptors of {pid}: {found:#?}"
+    );
+    Ok(())
+}
+
 async fn confinement_vmm_holds_only_known_descriptors(t: &Context) -> Result<()> {
-    const KNOWN: [&str; 11] = [
+    const KNOWN: [&str; 12] = [
         "pipe:",
         "socket:",
         "/dev/null",
@@ -124,25 +154,46 @@ async fn confinement_vmm_holds_only_known_descriptors(t: &Context) -> Result<()>
         "anon_inode:[eventfd]",
         "anon_inode:[eventpoll]",
         "anon_inode:[signalfd]",
+        // With KVM, its VM and CPUs.
+        "anon_inode:kvm",
     ];
     let (pod, _container) = t.idle().await?;
-    let pid = Processes::of(pod.id())?.pid(Role::Vmm)?;
-    let found = podhull_testkit::oracle::descriptors(pid)?;
-    let strange: Vec<_> = found
-        .iter()
-        .filter(|(target, _)| !KNOWN.iter().any(|known| target.starts_with(known)))
-        // With KVM, its VM and CPUs.
-        .filter(|(target, _)| !target.starts_with("anon_inode:kvm"))
-        .collect();
-    ensure!(
-        strange.is_empty(),
-        "unknown descriptors: {strange:?}, all: {found:?}"
-    );
-    ensure!(
-        found.values().sum::<usize>() < 100,
-        "too many descriptors: {found:?}"
-    );
-    Ok(())
+    holds_only(Processes::of(pod.id())?.pid(Role::Vmm)?, &KNOWN, 100)
+}
+
+async fn confinement_file_server_holds_only_known_descriptors(t: &Context) -> Result<()> {
+    const KNOWN: [&str; 6] = [
+        "pipe:",
+        "socket:",
+        "/dev/null",
+        "/memfd:",
+        "anon_inode:[eventfd]",
+        "anon_inode:[eventpoll]",
+    ];
+    let (pod, container) = t.idle().await?;
+    let pid = Processes::of(pod.id())?.pid(Role::FileServer)?;
+    let waits: u32 = status(pid, "PPid")?.parse()?;
+    // What the guest has looked at: the tree, with a folder per container. The
+    // library finds it by its mounts.
+    let files = format!("/{}", container.id());
+    let mounts = format!("/{pid}/mountinfo");
+    let known = [&KNOWN[..], &["/", &files, &mounts]].concat();
+    holds_only(pid, &known, 200)?;
+    holds_only(waits, &KNOWN[..3], 10)
+}
+
+async fn confinement_vsock_daemon_holds_only_known_descriptors(t: &Context) -> Result<()> {
+    const KNOWN: [&str; 6] = [
+        "pipe:",
+        "socket:",
+        "/dev/null",
+        "/memfd:memory-backend-memfd",
+        "anon_inode:[eventfd]",
+        "anon_inode:[eventpoll]",
+    ];
+    let (pod, _container) = t.idle().await?;
+    let pid = Processes::of(pod.id())?.pid(Role::VsockDaemon)?;
+    holds_only(pid, &KNOWN, 50)
 }
 
 async fn confinement_file_server_keeps_only_its_capabilities(t: &Context) -> Result<()> {
@@ -246,15 +297,7 @@ async fn confinement_kernel_command_line_has_no_secret(t: &Context) -> Result<()
         ensure!(longest < Some(32), "{word} may be a secret: {line}");
     }
     let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
-    let arguments = fs::read(format!("/proc/{vmm}/cmdline"))?;
-    let arguments = String::from_utf8_lossy(&arguments).replace('\0', " ");
-    let emulated = if arguments.contains("accel=tcg") {
-        true
-    } else if arguments.contains("accel=kvm") {
-        false
-    } else {
-        bail!("no accelerator in {arguments}");
-    };
+    let emulated = is_emulated(vmm)?;
     for word in ["mitigations=off", "no_timer_check"] {
         same!(line.contains(word), emulated, "{word} in {line}");
     }

@@ -145,21 +145,22 @@ async fn node_wrong_settings_are_named_with_their_line(t: &Context) -> Result<()
     let good = podhull_config(t.node().programs());
     let line = format!("line {}", good.lines().count() + 1);
     for (text, words) in [
-        ("alow_emulation = true", &[&*line, "alow_emulation"][..]),
-        ("default_vcpus = \"two\"", &[&*line, "default_vcpus"]),
-        ("this is no TOML", &[&*line]),
+        ("alow_emulation = true", &["alow_emulation"][..]),
+        ("default_vcpus = \"two\"", &["default_vcpus"]),
+        ("this is no TOML", &[]),
         (
             "default_memory_mib = 8",
-            &["default_memory_mib", "8", "expected"],
+            &["default_memory_mib = 8", "expected"],
         ),
         (
             "run_dir = \"relative\"",
-            &["run_dir", "relative", "absolute"],
+            &["run_dir = relative", "absolute"],
         ),
+        ("first_vm_uid = 1", &["first_vm_uid = 1", "expected"]),
     ] {
         let config = format!("{good}{text}\n");
         let mut words = words.to_vec();
-        words.push(CONFIG);
+        words.extend([CONFIG, &line]);
         refused(t, &config, &words).await.context(text)?;
     }
     works_again(t).await

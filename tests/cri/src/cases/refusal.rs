@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use podhull_testkit::containerd::FORGETFUL;
 use podhull_testkit::cri::api::{
     Device, IdMapping, MountPropagation, NamespaceMode, UserNamespace,
 };
@@ -20,6 +21,7 @@ cases! {
         refusal_of_user_namespaces_names_the_field;
     PODHULL_TWICE:
         refusal_of_a_host_device_names_it,
+        refusal_of_the_hosts_devices_names_the_setting,
         refusal_of_bidirectional_mounts_names_them,
         refusal_of_the_hosts_kernel_folders_names_them,
         refusal_of_too_little_memory_names_the_floor;
@@ -85,6 +87,30 @@ async fn refusal_of_a_host_device_names_it(t: &Context) -> Result<()> {
         });
     });
     refused(t, &pod, builder, &["devices", "/dev/mine"]).await
+}
+
+/// Without `privileged_without_host_devices`, containerd gives a privileged
+/// container every device of the node.
+async fn refusal_of_the_hosts_devices_names_the_setting(t: &Context) -> Result<()> {
+    let pod = t.pod("pod").handler(FORGETFUL).linux(|linux| {
+        linux.security_context.get_or_insert_default().privileged = true;
+    });
+    let pod = pod.run().await?;
+    let builder = t.container(&pod, "main").idle().security(|security| {
+        security.privileged = true;
+        security.masked_paths.clear();
+        security.readonly_paths.clear();
+    });
+    let words = [
+        "linux.devices",
+        "/dev/",
+        "privileged_without_host_devices",
+        "containerd's runtime handler",
+    ];
+    refused(t, &pod, builder, &words).await?;
+    pod.stop().await?;
+    pod.remove().await?;
+    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
 
 async fn refusal_of_bidirectional_mounts_names_them(t: &Context) -> Result<()> {
