@@ -209,7 +209,9 @@ async fn shim_boot_is_told_and_emulation_is_said(t: &Context) -> Result<()> {
 
     let log = fs::read_to_string(folder.join("shim.log"))?;
     let mut booted = log.lines().filter(|line| line.contains("booted"));
-    let booted = booted.next_back().context("the log says nothing of the boot")?;
+    let booted = booted
+        .next_back()
+        .context("the log says nothing of the boot")?;
     for phase in PHASES {
         contains!(booted, &format!("{phase}="));
     }
