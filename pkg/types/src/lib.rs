@@ -2,7 +2,7 @@
 //! Values that every podhull crate speaks of. No I/O, no state.
 //!
 //! Reading order: [`id`], [`exit`], [`port`], [`token`], [`deadline`], [`phase`],
-//! [`chain`].
+//! [`mod@chain`].
 
 pub mod chain;
 pub mod deadline;
