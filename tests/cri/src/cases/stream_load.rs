@@ -346,7 +346,10 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
         });
         try_join_all(execs).await
     };
-    at_once().await?;
+    // Each worker thread's allocator keeps what its busiest moment took.
+    for _ in 0..3 {
+        at_once().await?;
+    }
     some(20).await?;
     let (before, resident) = (Held::at_rest(shim).await?, resident_kib(shim)?);
     some(many).await?;
