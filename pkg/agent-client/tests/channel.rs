@@ -32,6 +32,13 @@ fn pair(leases: &LeaseSet) -> (VsockTransport, UnixStream) {
     (transport, UnixStream::from_std(theirs).unwrap())
 }
 
+/// A channel, and the other end of its connection.
+async fn established(leases: &LeaseSet) -> (AgentChannel, UnixStream) {
+    let (transport, peer) = pair(leases);
+    let channel = AgentChannel::establish(transport, after(5000)).await;
+    (channel.unwrap(), peer)
+}
+
 /// A gRPC server that knows no method: its answers still show a living channel.
 fn serve(stream: UnixStream) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
@@ -71,11 +78,8 @@ fn step(report: &CloseReport, name: &str) -> Outcome {
 async fn l5_the_first_call_may_come_late() {
     let leases = LeaseSet::new("vm");
     for pause in [0, 100, 300] {
-        let (transport, peer) = pair(&leases);
+        let (channel, peer) = established(&leases).await;
         let server = serve(peer);
-        let channel = AgentChannel::establish(transport, after(5000))
-            .await
-            .unwrap();
         tokio::time::sleep(Duration::from_millis(pause)).await;
         assert!(is_answer(ping(&channel, after(5000)).await));
         assert!(is_answer(ping(&channel, after(5000)).await));
@@ -90,11 +94,8 @@ async fn l5_the_first_call_may_come_late() {
 #[tokio::test]
 async fn l5_the_first_call_may_come_after_30_s() {
     let leases = LeaseSet::new("vm");
-    let (transport, peer) = pair(&leases);
+    let (channel, peer) = established(&leases).await;
     let _server = serve(peer);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
     tokio::time::pause();
     tokio::time::sleep(Duration::from_secs(30)).await;
     tokio::time::resume();
@@ -106,10 +107,7 @@ async fn l5_the_first_call_may_come_after_30_s() {
 #[tokio::test]
 async fn l5_a_vm_that_is_gone_is_an_error_at_once() {
     let leases = LeaseSet::new("vm");
-    let (transport, peer) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, peer) = established(&leases).await;
     drop(peer);
     for _ in 0..3 {
         let began = Instant::now();
@@ -128,10 +126,7 @@ async fn l5_a_vm_that_is_gone_is_an_error_at_once() {
 async fn l4_a_hanging_grpc_shutdown_still_closes_the_transport() {
     let leases = LeaseSet::new("vm");
     // The peer accepts bytes and never answers.
-    let (transport, mut deaf) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, mut deaf) = established(&leases).await;
     let mut client = channel.client().unwrap();
     let pending = tokio::spawn(async move { client.ping(PingRequest::default()).await });
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -151,10 +146,7 @@ async fn l4_a_hanging_grpc_shutdown_still_closes_the_transport() {
 #[tokio::test]
 async fn l4_grpc_shutdown_error_still_closes_transport() {
     let leases = LeaseSet::new("vm");
-    let (transport, mut stranger) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, mut stranger) = established(&leases).await;
     stranger.write_all(&[0xff; 256]).await.unwrap();
     let error = ping(&channel, after(5000)).await.unwrap_err();
     assert!(
@@ -172,10 +164,7 @@ async fn l4_grpc_shutdown_error_still_closes_transport() {
 #[tokio::test]
 async fn l4_a_channel_dropped_unclosed_ends_its_calls_and_is_counted() {
     let leases = LeaseSet::new("vm");
-    let (transport, mut deaf) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, mut deaf) = established(&leases).await;
     let mut client = channel.client().unwrap();
     let pending = tokio::spawn(async move { client.ping(PingRequest::default()).await });
     tokio::task::yield_now().await;
@@ -190,10 +179,7 @@ async fn l4_a_channel_dropped_unclosed_ends_its_calls_and_is_counted() {
 #[tokio::test]
 async fn l4_a_lost_peer_still_closes_the_transport() {
     let leases = LeaseSet::new("vm");
-    let (transport, peer) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, peer) = established(&leases).await;
     drop(peer);
     let report = channel.close(after(1000)).await;
     assert_eq!(step(&report, "transport"), Outcome::Clean, "{report}");
@@ -203,11 +189,8 @@ async fn l4_a_lost_peer_still_closes_the_transport() {
 #[tokio::test]
 async fn l4_grpc_ends_before_the_transport() {
     let leases = LeaseSet::new("vm");
-    let (transport, peer) = pair(&leases);
+    let (channel, peer) = established(&leases).await;
     let _server = serve(peer);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
     assert!(is_answer(ping(&channel, after(5000)).await));
     let report = channel.close(after(5000)).await;
     let order: Vec<_> = report.steps().map(|(step, _)| step).collect();
@@ -217,11 +200,8 @@ async fn l4_grpc_ends_before_the_transport() {
 #[tokio::test]
 async fn calls_are_refused_once_closing_began() {
     let leases = LeaseSet::new("vm");
-    let (transport, peer) = pair(&leases);
+    let (channel, peer) = established(&leases).await;
     let _server = serve(peer);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
     channel.refuse_calls();
     assert!(matches!(
         ping(&channel, after(5000)).await,
@@ -233,10 +213,7 @@ async fn calls_are_refused_once_closing_began() {
 #[tokio::test]
 async fn a_call_ends_at_its_deadline() {
     let leases = LeaseSet::new("vm");
-    let (transport, _deaf) = pair(&leases);
-    let channel = AgentChannel::establish(transport, after(5000))
-        .await
-        .unwrap();
+    let (channel, _deaf) = established(&leases).await;
     let error = ping(&channel, after(50)).await.unwrap_err();
     assert!(
         matches!(error, AgentError::Deadline { method: "Ping" }),

@@ -47,6 +47,16 @@ fn tmpfs() -> RootfsMount {
     }
 }
 
+/// A tree with a container in whose root filesystem a file is open.
+fn busy_tree(folder: &Path) -> (SharedTree, ContainerId, fs::File) {
+    let root = folder.join("share");
+    let tree = SharedTree::create(&root).unwrap();
+    let id = ContainerId::new("c1").unwrap();
+    let path = root.join(tree.mount_rootfs(&id, &[tmpfs()]).unwrap().as_path());
+    let held = fs::File::create(path.join("held")).unwrap();
+    (tree, id, held)
+}
+
 #[test]
 fn a_tree_leaves_nothing_and_no_volume_is_touched() {
     in_own_mounts(|folder| {
@@ -157,11 +167,7 @@ fn a_sweep_keeps_what_is_not_empty() {
 #[test]
 fn a_busy_mount_is_detached() {
     in_own_mounts(|folder| {
-        let root = folder.join("share");
-        let tree = SharedTree::create(&root).unwrap();
-        let id = ContainerId::new("c1").unwrap();
-        let path = root.join(tree.mount_rootfs(&id, &[tmpfs()]).unwrap().as_path());
-        let held = fs::File::create(path.join("held")).unwrap();
+        let (tree, id, held) = busy_tree(folder);
         let began = Instant::now();
         let report = tree.remove_container(&id, soon()).unwrap();
         assert!(began.elapsed() >= GIVEN_BACK, "it was not waited for");
@@ -175,11 +181,7 @@ fn a_busy_mount_is_detached() {
 #[test]
 fn a_deadline_that_passed_is_not_waited_beyond() {
     in_own_mounts(|folder| {
-        let root = folder.join("share");
-        let tree = SharedTree::create(&root).unwrap();
-        let id = ContainerId::new("c1").unwrap();
-        let path = root.join(tree.mount_rootfs(&id, &[tmpfs()]).unwrap().as_path());
-        let _held = fs::File::create(path.join("held")).unwrap();
+        let (tree, id, _held) = busy_tree(folder);
         let began = Instant::now();
         let report = tree
             .remove_container(&id, Deadline::after(Duration::ZERO))
@@ -193,11 +195,7 @@ fn a_deadline_that_passed_is_not_waited_beyond() {
 #[test]
 fn a_mount_that_is_given_back_in_time_is_not_detached() {
     in_own_mounts(|folder| {
-        let root = folder.join("share");
-        let tree = SharedTree::create(&root).unwrap();
-        let id = ContainerId::new("c1").unwrap();
-        let path = root.join(tree.mount_rootfs(&id, &[tmpfs()]).unwrap().as_path());
-        let held = fs::File::create(path.join("held")).unwrap();
+        let (tree, id, held) = busy_tree(folder);
         let user = std::thread::spawn(move || {
             std::thread::sleep(GIVEN_BACK / 5);
             drop(held);
