@@ -25,7 +25,8 @@ pub struct LoopbackListener {
     v6: Option<TcpListener>,
 }
 
-fn bind() -> io::Result<(StdListener, Option<StdListener>)> {
+/// Both listeners, and the port that they share.
+fn bind() -> io::Result<(StdListener, Option<StdListener>, u16)> {
     let v4 = StdListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     v4.set_nonblocking(true)?;
     let port = v4.local_addr()?.port();
@@ -37,7 +38,7 @@ fn bind() -> io::Result<(StdListener, Option<StdListener>)> {
         Err(error) if is_without_ipv6(&error) => None,
         Err(error) => return Err(error),
     };
-    Ok((v4, v6))
+    Ok((v4, v6, port))
 }
 
 fn is_without_ipv6(error: &io::Error) -> bool {
@@ -54,11 +55,8 @@ impl LoopbackListener {
     /// redirect. Nothing stays then.
     pub(crate) async fn open(netns: &Path, by: Deadline) -> Result<Self, NetworkError> {
         let (v4, v6) = inside(netns, by, |_| async {
-            let (v4, v6) = bind().map_err(NetworkError::step("listen on the pod's loopback"))?;
-            let port = v4
-                .local_addr()
-                .map_err(NetworkError::step("listen on the pod's loopback"))?
-                .port();
+            let (v4, v6, port) =
+                bind().map_err(NetworkError::step("listen on the pod's loopback"))?;
             redirect::install(port, v6.is_some())?;
             Ok((v4, v6))
         })

@@ -30,7 +30,6 @@ const LOOPBACK_INDEX: u32 = 1;
 /// # Errors
 /// What the kernel refused; nothing stays then.
 pub(crate) fn install(port: u16, ipv6: bool) -> Result<(), NetworkError> {
-    let failed = NetworkError::step::<io::Error>;
     // A table that a shim before this one left would redirect to its port.
     remove()?;
     transact(|batch| {
@@ -59,7 +58,7 @@ pub(crate) fn install(port: u16, ipv6: bool) -> Result<(), NetworkError> {
             redirect(batch, NFPROTO_IPV6, &v6, port);
         }
     })
-    .map_err(|error| failed("redirect the loopback")(error.into()))
+    .map_err(|error| NetworkError::step("redirect the loopback")(io::Error::from(error)))
 }
 
 /// Removes the rules of this namespace; there may be none.

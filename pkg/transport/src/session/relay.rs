@@ -16,7 +16,7 @@ use podhull_types::Deadline;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::{GuestSession, HostSession, SessionHandle, StreamReader, StreamWriter};
+use super::{GuestSession, HostSession, StreamReader, StreamWriter};
 use crate::report::CloseReport;
 
 const BUFFER: usize = 64 * 1024;
@@ -72,7 +72,7 @@ impl HostSession {
             handle,
         } = self;
         drop(error);
-        let (report, handle) = relay(local, input, output, unserved, give_up, handle).await;
+        let report = relay(local, input, output, unserved, give_up).await;
         let closed = handle.close(Deadline::after(CLOSE)).await;
         RelayReport { closed, ..report }
     }
@@ -88,7 +88,7 @@ impl GuestSession {
             handle,
         } = self;
         drop(error);
-        let (report, handle) = relay(local, output, input, pending(), give_up, handle).await;
+        let report = relay(local, output, input, pending(), give_up).await;
         if report.cut.is_none() {
             // The host hangs up once it has everything: hanging up first could
             // lose it on the way.
@@ -105,8 +105,7 @@ async fn relay(
     from_peer: StreamReader,
     unserved: impl Future<Output = ()>,
     give_up: impl Future<Output = ()>,
-    handle: SessionHandle,
-) -> (RelayReport, SessionHandle) {
+) -> RelayReport {
     let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
     let result = {
         let (from_local, to_local) = local.split();
@@ -129,13 +128,12 @@ async fn relay(
     if cut.is_some() {
         reset(local);
     }
-    let report = RelayReport {
+    RelayReport {
         sent: sent.into_inner(),
         received: received.into_inner(),
         cut,
         closed: CloseReport::default(),
-    };
-    (report, handle)
+    }
 }
 
 /// Copies until the end and passes that on. Both ends are dropped with it, so a
