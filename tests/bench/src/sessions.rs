@@ -7,8 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use podhull_testkit::cri::api::ExecRequest;
-use podhull_testkit::cri::{Client, Container};
+use podhull_testkit::cri::Container;
 use podhull_testkit::programs::Programs;
 use podhull_testkit::{Containerd, Node, pod_netns, pod_processes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -124,7 +123,7 @@ async fn one_pod(
     let [exec, keys, connect, rate, throughput, output] = &mut figures.figures;
     let [forward_cost, output_cost] = &mut figures.costs;
     execs(&container, runs, exec).await?;
-    keystrokes(client, node.programs(), &container, runs, keys).await?;
+    keystrokes(node.programs(), &container, runs, keys).await?;
     let took = connections(&netns, runs, connect).await?;
     rate.push(per_second(runs, took));
     let before = cpu(pod.id())?;
@@ -156,24 +155,15 @@ async fn execs(container: &Container, runs: usize, series: &mut Series) -> Resul
 
 /// `cat` in a terminal: the kernel of the process echoes each byte at once.
 async fn keystrokes(
-    client: &Client,
     programs: &Programs,
     container: &Container,
     runs: usize,
     series: &mut Series,
 ) -> Result<()> {
-    let request = ExecRequest {
-        container_id: container.id().into(),
-        cmd: vec!["cat".into()],
-        tty: true,
-        stdin: true,
-        stdout: true,
-        stderr: false,
-    };
-    let response = client.runtime().exec(request).await.context("Exec")?;
+    let url = container.exec_url(&["cat"], true, true).await?;
     let mut child = Command::new(&programs.streams)
         .args(["-protocol", "spdy", "-stdin", "-tty", "run"])
-        .arg(response.into_inner().url)
+        .arg(url)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

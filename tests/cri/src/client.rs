@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use podhull_testkit::cri::Container;
-use podhull_testkit::cri::api::{AttachRequest, ExecRequest};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, Command};
 
@@ -58,16 +57,8 @@ pub(crate) async fn exec(
     options: Options,
     command: &[&str],
 ) -> Result<Command> {
-    let request = ExecRequest {
-        container_id: container.id().into(),
-        cmd: command.iter().map(|&word| word.into()).collect(),
-        tty: options.tty.is_some(),
-        stdin: options.stdin,
-        stdout: true,
-        stderr: options.tty.is_none(),
-    };
-    let response = t.client().runtime().exec(request).await.context("Exec")?;
-    Ok(run(t, options, &response.into_inner().url))
+    let url = container.exec_url(command, options.stdin, options.tty.is_some());
+    Ok(run(t, options, &url.await?))
 }
 
 /// The client's command for an attach; its streams are pipes.
@@ -76,20 +67,8 @@ pub(crate) async fn attach(
     container: &Container,
     options: Options,
 ) -> Result<Command> {
-    let request = AttachRequest {
-        container_id: container.id().into(),
-        stdin: options.stdin,
-        tty: options.tty.is_some(),
-        stdout: true,
-        stderr: options.tty.is_none(),
-    };
-    let response = t
-        .client()
-        .runtime()
-        .attach(request)
-        .await
-        .context("Attach")?;
-    Ok(run(t, options, &response.into_inner().url))
+    let url = container.attach_url(options.stdin, options.tty.is_some());
+    Ok(run(t, options, &url.await?))
 }
 
 fn run(t: &Context, options: Options, url: &str) -> Command {

@@ -8,15 +8,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::{SinkExt as _, StreamExt as _};
 use podhull_testkit::cri::Container;
-use podhull_testkit::cri::api::{AttachRequest, ExecRequest};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time::error::Elapsed;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
-
-use crate::context::Context;
 
 const PROTOCOL: &str = "v4.channel.k8s.io";
 /// Nothing that is waited for takes longer.
@@ -74,40 +71,13 @@ pub(crate) struct Session {
 
 impl Session {
     /// Opens an exec with standard input.
-    pub(crate) async fn exec(
-        t: &Context,
-        container: &Container,
-        command: &[&str],
-        tty: bool,
-    ) -> Result<Self> {
-        let request = ExecRequest {
-            container_id: container.id().into(),
-            cmd: command.iter().map(|&word| word.into()).collect(),
-            tty,
-            stdin: true,
-            stdout: true,
-            stderr: !tty,
-        };
-        let response = t.client().runtime().exec(request).await.context("Exec")?;
-        Self::connect(&response.into_inner().url).await
+    pub(crate) async fn exec(container: &Container, command: &[&str], tty: bool) -> Result<Self> {
+        Self::connect(&container.exec_url(command, true, tty).await?).await
     }
 
     /// Attaches to the init process, with standard input.
-    pub(crate) async fn attach(t: &Context, container: &Container, tty: bool) -> Result<Self> {
-        let request = AttachRequest {
-            container_id: container.id().into(),
-            stdin: true,
-            tty,
-            stdout: true,
-            stderr: !tty,
-        };
-        let response = t
-            .client()
-            .runtime()
-            .attach(request)
-            .await
-            .context("Attach")?;
-        Self::connect(&response.into_inner().url).await
+    pub(crate) async fn attach(container: &Container, tty: bool) -> Result<Self> {
+        Self::connect(&container.attach_url(true, tty).await?).await
     }
 
     async fn connect(url: &str) -> Result<Self> {

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecSyncRequest, ImageSpec, KeyValue, LinuxContainerConfig,
-    LinuxContainerResources, LinuxContainerSecurityContext, Mount, RemoveContainerRequest,
-    StartContainerRequest, StopContainerRequest,
+    AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
+    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
+    KeyValue, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext, Mount,
+    RemoveContainerRequest, StartContainerRequest, StopContainerRequest,
 };
 
 use super::{Client, Log, Pod};
@@ -198,6 +198,39 @@ impl Container {
             .await
             .context("StartContainer")?;
         Ok(())
+    }
+
+    /// Where a client streams an exec of `command`; a terminal has no stderr.
+    ///
+    /// # Errors
+    /// If containerd refuses.
+    pub async fn exec_url(&self, command: &[&str], stdin: bool, tty: bool) -> Result<String> {
+        let request = ExecRequest {
+            container_id: self.id.clone(),
+            cmd: command.iter().map(|&word| word.into()).collect(),
+            tty,
+            stdin,
+            stdout: true,
+            stderr: !tty,
+        };
+        let response = self.client.runtime().exec(request).await.context("Exec")?;
+        Ok(response.into_inner().url)
+    }
+
+    /// Where a client attaches to the init process; a terminal has no stderr.
+    ///
+    /// # Errors
+    /// If containerd refuses.
+    pub async fn attach_url(&self, stdin: bool, tty: bool) -> Result<String> {
+        let request = AttachRequest {
+            container_id: self.id.clone(),
+            stdin,
+            tty,
+            stdout: true,
+            stderr: !tty,
+        };
+        let response = self.client.runtime().attach(request).await;
+        Ok(response.context("Attach")?.into_inner().url)
     }
 
     /// ExecSync. The process's exit code is part of the result, not an error.

@@ -149,7 +149,7 @@ async fn process_has_no_descriptors_but_its_streams(t: &Context) -> Result<()> {
         .await?;
     let three = "0 /dev/pts/0, 1 /dev/pts/0, 2 /dev/pts/0";
     same!(descriptors(&terminal, "1").await?, three);
-    let mut session = Session::exec(t, &plain, &["ls", "/proc/self/fd"], true).await?;
+    let mut session = Session::exec(&plain, &["ls", "/proc/self/fd"], true).await?;
     same!(session.exit_code().await?, 0);
     let text = String::from_utf8_lossy(&session.stdout).into_owned();
     let numbers: Vec<_> = text.split_whitespace().collect();

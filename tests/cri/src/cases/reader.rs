@@ -117,7 +117,7 @@ async fn attach_stalled_reader_stalls_nobody_else(t: &Context) -> Result<()> {
         .edit(|config| config.stdin = true)
         .start()
         .await?;
-    let mut session = Session::attach(t, &container, false).await?;
+    let mut session = Session::attach(&container, false).await?;
     session.send("go\n").await?;
     session.wrote("xxx").await?;
     // From here on nobody reads. containerd gives each piece of output to the log

@@ -61,7 +61,7 @@ async fn exec_standard_input_arrives_whole_and_ends(t: &Context) -> Result<()> {
 
 async fn exec_terminal_has_the_clients_size(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
-    let mut session = Session::exec(t, &container, &["sh"], true).await?;
+    let mut session = Session::exec(&container, &["sh"], true).await?;
     session.resize(132, 43).await?;
     let script = "test -t 0 && test -t 1 && echo is-a-$((1+1))-terminal; \
         until [ \"$(stty size)\" = '43 132' ]; do sleep 0.1; done; echo first-$((1+1))\n";
@@ -79,12 +79,12 @@ async fn exec_terminal_has_the_clients_size(t: &Context) -> Result<()> {
 async fn exec_streams_and_exit_code_reach_the_client(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
     let script = "read line; echo \"got $line\"; echo oops >&2; exit 3";
-    let mut session = Session::exec(t, &container, &["sh", "-c", script], false).await?;
+    let mut session = Session::exec(&container, &["sh", "-c", script], false).await?;
     session.send("a line\n").await?;
     same!(session.exit_code().await?, 3);
     same!(String::from_utf8_lossy(&session.stdout), "got a line\n");
     same!(String::from_utf8_lossy(&session.stderr), "oops\n");
-    let mut session = Session::exec(t, &container, &["true"], false).await?;
+    let mut session = Session::exec(&container, &["true"], false).await?;
     same!(session.exit_code().await?, 0);
     Ok(())
 }
@@ -92,7 +92,7 @@ async fn exec_streams_and_exit_code_reach_the_client(t: &Context) -> Result<()> 
 async fn exec_client_that_leaves_ends_the_input(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
     let script = "cat >/tmp/input; echo ended >/tmp/ended";
-    let mut session = Session::exec(t, &container, &["sh", "-c", script], false).await?;
+    let mut session = Session::exec(&container, &["sh", "-c", script], false).await?;
     session.send("some\n").await?;
     let by = Instant::now() + Duration::from_secs(20);
     while container.shell("cat /tmp/input").await?.text() != "some" {
@@ -114,7 +114,7 @@ async fn attach_reaches_a_running_container(t: &Context) -> Result<()> {
         .start()
         .await?;
     for word in ["one", "two"] {
-        let mut session = Session::attach(t, &container, false).await?;
+        let mut session = Session::attach(&container, false).await?;
         session.send(&format!("{word}\n")).await?;
         session.wrote(&format!("got {word}\n")).await?;
         // Leaving does not end a container that goes on reading.
@@ -137,7 +137,7 @@ async fn attach_to_a_container_that_reads_once_ends_it(t: &Context) -> Result<()
         })
         .start()
         .await?;
-    let mut session = Session::attach(t, &container, false).await?;
+    let mut session = Session::attach(&container, false).await?;
     session.send("hello\n").await?;
     session.wrote("hello\n").await?;
     session.close().await?;
@@ -163,7 +163,7 @@ async fn attach_to_a_terminal_works(t: &Context) -> Result<()> {
         })
         .start()
         .await?;
-    let mut session = Session::attach(t, &container, true).await?;
+    let mut session = Session::attach(&container, true).await?;
     session.resize(100, 30).await?;
     session
         .send("until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo so-$((40+2))\n")

@@ -64,7 +64,7 @@ async fn attach_again_and_at_once_reaches_the_same_process(t: &Context) -> Resul
     // In a row, by both protocols.
     for round in 0..3 {
         let line = format!("websocket {round}");
-        let mut session = Session::attach(t, &container, false).await?;
+        let mut session = Session::attach(&container, false).await?;
         let answer = format!("got {line}\n");
         session.ask(&format!("{line}\n"), &answer).await?;
         session.close().await?;
@@ -79,8 +79,8 @@ async fn attach_again_and_at_once_reaches_the_same_process(t: &Context) -> Resul
         expected.push(format!("got {line}"));
     }
     // At once: each sees what either asks.
-    let mut first = Session::attach(t, &container, false).await?;
-    let mut second = Session::attach(t, &container, false).await?;
+    let mut first = Session::attach(&container, false).await?;
+    let mut second = Session::attach(&container, false).await?;
     for (session, name) in [(&mut first, "first"), (&mut second, "second")] {
         let answer = format!("got {name}\n");
         session.ask(&format!("{name}\n"), &answer).await?;
@@ -126,8 +126,8 @@ async fn attach_at_once_to_a_terminal_shares_it(t: &Context) -> Result<()> {
         })
         .start()
         .await?;
-    let mut first = Session::attach(t, &container, true).await?;
-    let mut second = Session::attach(t, &container, true).await?;
+    let mut first = Session::attach(&container, true).await?;
+    let mut second = Session::attach(&container, true).await?;
     second.ask("echo here-$((40+1))\n", "here-41\r\n").await?;
     first.ask("echo so-$((40+2))\n", "so-42\r\n").await?;
     second.wrote("so-42\r\n").await?;
@@ -207,7 +207,7 @@ async fn attach_across_a_restart_of_containerd_loses_nothing(t: &Context) -> Res
         .start()
         .await?;
     container.wrote("line 2", WITHIN).await?;
-    let mut before = Session::attach(t, &container, false).await?;
+    let mut before = Session::attach(&container, false).await?;
     before.wrote("line ").await?;
     before.send("before\n").await?;
     {
@@ -220,7 +220,7 @@ async fn attach_across_a_restart_of_containerd_loses_nothing(t: &Context) -> Res
     // The client's connection has ended with containerd, on whichever word.
     before.ended().await?;
     let first = following(&String::from_utf8_lossy(&before.stdout))?;
-    let mut after = Session::attach(t, &container, false).await?;
+    let mut after = Session::attach(&container, false).await?;
     after.send("after\n").await?;
     let next = container.log()?.text().lines().count() + 10;
     after.wrote(&format!("line {next}\n")).await?;

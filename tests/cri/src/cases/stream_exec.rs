@@ -146,7 +146,7 @@ async fn exec_fifty_sessions_at_once_all_work(t: &Context) -> Result<()> {
     let container = &container;
     let sessions = (0..50).map(|number| async move {
         let script = "read line; echo got $line; echo err $line >&2; exit $line";
-        let mut session = Session::exec(t, container, &["sh", "-c", script], false).await?;
+        let mut session = Session::exec(container, &["sh", "-c", script], false).await?;
         session.send(&format!("{number}\n")).await?;
         same!(session.exit_code().await?, number);
         same!(
@@ -320,7 +320,7 @@ async fn exec_much_both_ways_at_once_is_whole(t: &Context) -> Result<()> {
 
 async fn exec_idle_for_half_a_minute_goes_on(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
-    let mut session = Session::exec(t, &container, &["cat"], false).await?;
+    let mut session = Session::exec(&container, &["cat"], false).await?;
     session.send("before\n").await?;
     session.wrote("before\n").await?;
     let mut spdy = exec(t, &container, STDIN, &["cat"]).await?.spawn()?;

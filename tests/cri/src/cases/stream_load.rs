@@ -135,11 +135,11 @@ async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> 
     let (pod, container) = busy_pod(t).await?;
     let mut attached = Vec::new();
     for _ in 0..ATTACHES {
-        attached.push(Session::attach(t, &container, false).await?);
+        attached.push(Session::attach(&container, false).await?);
     }
     let mut execs = Vec::new();
     for _ in 0..EXECS {
-        execs.push(Session::exec(t, &container, &["sh", "-c", COUNT], false).await?);
+        execs.push(Session::exec(&container, &["sh", "-c", COUNT], false).await?);
     }
     // Without containerd between, whose relay may stand still with its client's.
     let namespace = pod_netns::open()?;
@@ -277,11 +277,11 @@ impl Held {
 async fn round(t: &Context, pod: &Pod, container: &Container) -> Result<()> {
     let mut attached = Vec::new();
     for _ in 0..ATTACHES {
-        attached.push(Session::attach(t, container, false).await?);
+        attached.push(Session::attach(container, false).await?);
     }
     let execs = (0..EXECS).map(|_| async {
         let script = "read line; seq 10000; exit 3";
-        let mut session = Session::exec(t, container, &["sh", "-c", script], false).await?;
+        let mut session = Session::exec(container, &["sh", "-c", script], false).await?;
         session.send("go\n").await?;
         same!(session.exit_code().await?, 3);
         anyhow::Ok(())
@@ -371,13 +371,12 @@ async fn load_on_a_frozen_guest_goes_on_after_it(t: &Context) -> Result<()> {
     let (pod, container) = busy_pod(t).await?;
     let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
     let mut exec = Session::exec(
-        t,
         &container,
         &["sh", "-c", "while read word; do echo $word; done; exit 3"],
         false,
     )
     .await?;
-    let mut attached = Session::attach(t, &container, false).await?;
+    let mut attached = Session::attach(&container, false).await?;
     let spdy = Spdy::forward(t, &pod, PORT).await?;
     let mut forwarded = spdy.connect().await?;
     attached.ask("attached\n", "attached\n").await?;
