@@ -27,7 +27,8 @@ help: ## this list
 
 .PHONY: demo
 demo: packages tools guest shim ## a pod in its own microVM on a stock containerd, from nothing
-	@cargo run --quiet --release -p podhull-demo
+	@cargo build --release --locked -p podhull-demo
+	@$(RELEASE)/podhull-demo
 
 .PHONY: test
 test: ## everything that must pass before a change lands
@@ -50,19 +51,22 @@ test-unit: packages ## unit and crate tests
 
 .PHONY: test-cri
 test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
-	@cargo run --quiet --release -p podhull-cri-tests -- --containerd $(or $(CONTAINERD),all) $(FILTER)
+	@cargo build --release --locked -p podhull-cri-tests
+	@$(RELEASE)/podhull-cri-tests --containerd $(or $(CONTAINERD),all) $(FILTER)
 
 .PHONY: test-all
 test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, kvm
 	@tests/run-part.sh $(or $(PART),all)
 
 .PHONY: bench-quick
-bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table
-	@cargo run --quiet --release -p podhull-bench -- quick
+bench-quick: packages tools guest shim ## figures beside runc, as a Markdown table; RUNS=100 for a 99th percentile
+	@cargo build --release --locked -p podhull-bench
+	@$(RELEASE)/podhull-bench quick $(addprefix -n ,$(RUNS))
 
 .PHONY: bench-sessions
 bench-sessions: packages tools streams guest shim ## exec, terminals and forwarded ports beside runc
-	@cargo run --quiet --release -p podhull-bench -- sessions
+	@cargo build --release --locked -p podhull-bench
+	@$(RELEASE)/podhull-bench sessions $(addprefix -n ,$(RUNS))
 
 # Other cases: FILTER="fault_ exec_".
 .PHONY: test-kvm

@@ -3,6 +3,11 @@
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/lib.sh"
 
+# Rust and Go come from their projects, not from Debian, whose releases are too old.
+for program in "cargo:Rust, https://rustup.rs" "go:Go, https://go.dev/dl"; do
+  command -v "${program%%:*}" >/dev/null || die "${program%%:*} is not on PATH: install ${program#*:}"
+done
+
 # package -> why it is needed; printed when it has to be installed.
 PACKAGES=(
   "qemu-system-x86:the VMM that runs each pod"

@@ -168,14 +168,15 @@ impl Containers {
                 reason: error.to_string(),
             })?;
         let (streams, console) = streams(process)?;
-        let cwd = spec.process().as_ref().map(|process| process.cwd().clone());
+        let process_of = spec.process().as_ref();
+        let cwd = process_of.map_or(Path::new("/"), |process| process.cwd());
+        let mounts = spec.mounts().as_deref().unwrap_or_default();
         let task = create::Task {
             id: id.to_string(),
             bundle: bundle.clone(),
             state: state(),
             console: console.as_ref().map(|console| console.path().to_owned()),
-            rootfs: rootfs.into(),
-            cwd: cwd.unwrap_or_else(|| "/".into()),
+            cwd: create::WorkingDirectory::find(cwd, Path::new(rootfs), mounts),
         };
         let by = deadline();
         let mut helper = Helper::start(&self.reaper, "create", &task, streams)?;

@@ -96,7 +96,7 @@ impl Sandbox {
         if stdio.stdin.is_none() && stdio.stdout.is_none() && stdio.stderr.is_none() {
             return Ok(());
         }
-        let fifos = Fifos::open(stdio)?;
+        let fifos = Fifos::open(stdio, &process.id)?;
         let session = self
             .dial_session(&SessionTarget::Process(process.id.clone()))
             .await?;

@@ -2,13 +2,13 @@
 //! Between containerd's FIFOs and a process's session.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use podhull_telemetry::Metrics;
 use podhull_transport::{CloseReport, HostSession, StreamReader, StreamWriter};
-use podhull_types::Deadline;
+use podhull_types::{Deadline, ProcessRef};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
@@ -25,16 +25,40 @@ const CLOSE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Fifos {
     stdin: Option<pipe::Receiver>,
-    stdin_keeper: Option<pipe::Sender>,
+    stdin_end: Option<StdinEnd>,
     stdout: Option<pipe::Sender>,
     stderr: Option<pipe::Sender>,
+}
+
+/// What is to be done for stdin to end.
+#[derive(Debug)]
+enum StdinEnd {
+    /// The writing end is of our own: who writes may go and come back.
+    Kept(pipe::Sender),
+    /// It ends with its last writer.
+    Passing(PathBuf),
+}
+
+impl StdinEnd {
+    fn close(self) {
+        match self {
+            Self::Kept(writer) => drop(writer),
+            // For a FIFO that nobody has opened for writing, a writer comes and goes.
+            Self::Passing(path) => match pipe::OpenOptions::new().open_sender(&path) {
+                Ok(writer) => drop(writer),
+                Err(error) => tracing::debug!(%error, "stdin has ended already"),
+            },
+        }
+    }
 }
 
 impl Fifos {
     /// Opens the FIFOs as runc's shim does, so that neither an absent nor a
     /// restarted containerd is seen as an end: the output's with a reading end
-    /// of our own, stdin's with a writing end that CloseIO gives up.
-    pub(crate) fn open(stdio: &Stdio) -> Result<Self, SandboxError> {
+    /// of our own, stdin's with a writing end that CloseIO gives up. An exec's
+    /// stdin ends with its client, as containerd does not always say so: one
+    /// whose client was cut off would wait for input for good.
+    pub(crate) fn open(stdio: &Stdio, process: &ProcessRef) -> Result<Self, SandboxError> {
         let output = |path: &Path, stream| {
             pipe::OpenOptions::new()
                 .read_write(true)
@@ -48,7 +72,11 @@ impl Fifos {
         let stdin = stdio.stdin.as_deref().map(|path| {
             let open = || {
                 let receiver = pipe::OpenOptions::new().open_receiver(path)?;
-                Ok((receiver, pipe::OpenOptions::new().open_sender(path)?))
+                let end = match process.exec {
+                    Some(_) => StdinEnd::Passing(path.into()),
+                    None => StdinEnd::Kept(pipe::OpenOptions::new().open_sender(path)?),
+                };
+                Ok((receiver, end))
             };
             let failed = |source| SandboxError::Fifo {
                 stream: "stdin",
@@ -57,10 +85,10 @@ impl Fifos {
             };
             open().map_err(failed)
         });
-        let (stdin, stdin_keeper) = stdin.transpose()?.unzip();
+        let (stdin, stdin_end) = stdin.transpose()?.unzip();
         Ok(Self {
             stdin,
-            stdin_keeper,
+            stdin_end,
             stdout: stdio
                 .stdout
                 .as_deref()
@@ -86,7 +114,7 @@ pub(crate) struct IoReport {
 /// The running relays of one process. Dropping it ends them.
 #[derive(Debug)]
 pub(crate) struct ProcessIo {
-    stdin_keeper: Mutex<Option<pipe::Sender>>,
+    stdin_end: Mutex<Option<StdinEnd>>,
     give_up: CancellationToken,
     relays: JoinHandle<IoReport>,
 }
@@ -95,10 +123,10 @@ impl ProcessIo {
     /// Starts relaying between `fifos` and `session`.
     pub(crate) fn start(mut fifos: Fifos, session: HostSession, metrics: &Metrics) -> Self {
         let give_up = CancellationToken::new();
-        let stdin_keeper = Mutex::new(fifos.stdin_keeper.take());
+        let stdin_end = Mutex::new(fifos.stdin_end.take());
         let relays = tokio::spawn(relay(fifos, session, give_up.clone(), metrics.clone()));
         Self {
-            stdin_keeper,
+            stdin_end,
             give_up,
             relays,
         }
@@ -106,10 +134,14 @@ impl ProcessIo {
 
     /// Lets stdin end once containerd's side has ended too.
     pub(crate) fn close_stdin(&self) {
-        self.stdin_keeper
+        let end = self
+            .stdin_end
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        if let Some(end) = end {
+            end.close();
+        }
     }
 
     /// Waits until all output is delivered, however slow its reader is; at the
@@ -167,6 +199,12 @@ async fn relay(
         }
     }
     stdin.abort();
+    // Its FIFO is closed once it has ended.
+    if let Err(error) = stdin.await
+        && !error.is_cancelled()
+    {
+        tracing::error!(%error, "stdin's relay died");
+    }
     open.dec();
     let closed = handle.close(Deadline::after(CLOSE)).await;
     IoReport { complete, closed }
@@ -234,4 +272,80 @@ async fn copy_output(
 
 fn given_up() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "its reader was given up")
+}
+
+#[cfg(test)]
+mod tests {
+    use podhull_types::{ContainerId, ExecId};
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    struct Stdin {
+        _folder: tempfile::TempDir,
+        path: PathBuf,
+        fifo: pipe::Receiver,
+        end: Option<StdinEnd>,
+    }
+
+    fn stdin_of(exec: bool) -> Stdin {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("stdin");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut process = ProcessRef::init(ContainerId::new("c1").unwrap());
+        process.exec = exec.then(|| ExecId::new("e1").unwrap());
+        let stdio = Stdio {
+            stdin: Some(path.clone()),
+            ..Stdio::default()
+        };
+        let mut fifos = Fifos::open(&stdio, &process).unwrap();
+        Stdin {
+            _folder: folder,
+            path,
+            fifo: fifos.stdin.take().unwrap(),
+            end: fifos.stdin_end.take(),
+        }
+    }
+
+    impl Stdin {
+        async fn written(&mut self, text: &str) {
+            let mut writer = pipe::OpenOptions::new().open_sender(&self.path).unwrap();
+            writer.write_all(text.as_bytes()).await.unwrap();
+            let mut read = vec![0; text.len()];
+            self.fifo.read_exact(&mut read).await.unwrap();
+            assert_eq!(read, text.as_bytes());
+        }
+
+        async fn has_ended(&mut self) -> bool {
+            let soon = Deadline::after(Duration::from_millis(200));
+            let read = soon.run(self.fifo.read_u8()).await;
+            read.is_ok_and(|read| read.is_err())
+        }
+    }
+
+    #[tokio::test]
+    async fn stdin_of_an_init_process_outlives_its_writers() {
+        let mut stdin = stdin_of(false);
+        assert!(!stdin.has_ended().await);
+        stdin.written("one").await;
+        assert!(!stdin.has_ended().await);
+        stdin.written("two").await;
+        stdin.end.take().unwrap().close();
+        assert!(stdin.has_ended().await);
+    }
+
+    #[tokio::test]
+    async fn stdin_of_an_exec_ends_with_its_client() {
+        let mut stdin = stdin_of(true);
+        assert!(!stdin.has_ended().await, "its client is yet to come");
+        stdin.written("one").await;
+        assert!(stdin.has_ended().await);
+    }
+
+    #[tokio::test]
+    async fn stdin_of_an_exec_that_nobody_opened_can_be_closed() {
+        let mut stdin = stdin_of(true);
+        stdin.end.take().unwrap().close();
+        assert!(stdin.has_ended().await);
+    }
 }

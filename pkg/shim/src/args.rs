@@ -76,7 +76,7 @@ impl Args {
                 // Events are sent over ttrpc; this is an older way.
                 "publish-binary" | "socket" => drop(text()?),
                 "debug" => args.debug = value.as_deref() != Some("false"),
-                "v" => action = Some(Action::Version),
+                "v" | "version" => action = Some(Action::Version),
                 "info" => action = Some(Action::Info),
                 _ => return Err(ShimError::Argument(format!("unknown flag -{name}"))),
             }
@@ -132,7 +132,9 @@ mod tests {
         let args = parse("--namespace=x -id=abc -bundle /b delete").unwrap();
         assert_eq!(args.action, Action::Delete);
         assert_eq!(args.bundle.unwrap(), std::path::Path::new("/b"));
-        assert_eq!(parse("-v").unwrap().action, Action::Version);
+        for flag in ["-v", "-version", "--version"] {
+            assert_eq!(parse(flag).unwrap().action, Action::Version);
+        }
         assert_eq!(parse("-info").unwrap().action, Action::Info);
     }
 

@@ -111,7 +111,11 @@ pub fn enter(env: &[(&str, &str)]) -> Result<ExitCode> {
     };
     signals.thread_unblock().context("unblock signals")?;
     Ok(match interrupted {
-        Some(signal) => exit_code(ExitStatus::from_raw(signal as i32)),
+        Some(signal) => {
+            // The janitor ends last, after what it has removed.
+            eprintln!("\nInterrupted. All that was started has ended, and its folders are gone.");
+            exit_code(ExitStatus::from_raw(signal as i32))
+        }
         None => exit_code(status),
     })
 }

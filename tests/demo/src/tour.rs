@@ -106,9 +106,12 @@ pub(crate) async fn run(screen: &mut Screen, node: &Node, choice: &Choice) -> Re
         })
         .await?;
     if emulated(&pod_processes::of_pod(pod.id())?) {
+        let why = no_kvm(&containerd.log());
         screen.line(
             Tone::Notice,
-            "KVM does not work on this machine, so this guest is emulated (QEMU's TCG):",
+            &format!(
+                "KVM does not work on this machine{why}. So this guest is emulated (QEMU's TCG):"
+            ),
         );
         screen.line(
             Tone::Notice,
@@ -327,6 +330,14 @@ fn describe(processes: &[Process]) -> String {
     .flatten()
     .collect();
     format!("memory on the node (PSS): {}", parts.join(", "))
+}
+
+/// What the shim, whose log goes to containerd's, has said of KVM; empty if nothing.
+fn no_kvm(log: &str) -> String {
+    let line = log.lines().rev().find(|line| line.contains("no KVM"));
+    let reason = line.and_then(|line| line.split_once("reason="));
+    let reason = reason.map(|(_, rest)| rest.split(" sandbox=").next().unwrap_or(rest));
+    reason.map_or_else(String::new, |reason| format!(" ({reason})"))
 }
 
 /// True if the VMM was told to emulate.

@@ -178,6 +178,26 @@ fn become_user(process: &Process) -> Result<(), GuestError> {
     Ok(())
 }
 
+/// Enters the working directory, which must be in the container: a path through
+/// an inherited descriptor could lead out of it.
+fn enter_cwd(process: &Process) -> Result<(), GuestError> {
+    let cwd = process.cwd();
+    let failed = |error: io::Error| {
+        let why = lookup::words(&error);
+        GuestError::Start(format!(
+            "chdir to cwd ({cwd:?}) set in config.json failed: {why}"
+        ))
+    };
+    std::env::set_current_dir(cwd).map_err(failed)?;
+    let place = std::env::current_dir().map_err(failed)?;
+    if place.is_absolute() {
+        return Ok(());
+    }
+    Err(GuestError::Start(format!(
+        "cwd ({cwd:?}) is outside of the container"
+    )))
+}
+
 fn filter(seccomp: &LinuxSeccomp) -> Result<(), GuestError> {
     libcontainer::seccomp::initialize_seccomp(seccomp)
         .map(drop)
@@ -217,14 +237,10 @@ fn become_process(task: &Task, socket: Option<&UnixStream>) -> GuestError {
         if let (Some(seccomp), true) = (&task.seccomp, early) {
             filter(seccomp)?;
         }
+        let entered = enter_cwd(&task.process);
         become_user(&task.process)?;
-        let cwd = task.process.cwd();
-        std::env::set_current_dir(cwd).map_err(|error| {
-            GuestError::Start(format!(
-                "chdir to cwd ({cwd:?}) set in config.json failed: {}",
-                lookup::words(&error)
-            ))
-        })?;
+        // What root may not enter, on a file system of its own, the user may.
+        entered.or_else(|_| enter_cwd(&task.process))?;
         if let (Some(seccomp), false) = (&task.seccomp, early) {
             filter(seccomp)?;
         }

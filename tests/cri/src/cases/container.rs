@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a container's process is started with.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -13,6 +16,8 @@ cases! {
     ALL_TWICE:
         container_environment_arguments_and_folder_are_set,
         container_absent_folder_is_created,
+        container_absent_folder_is_created_in_its_volume,
+        container_folder_of_root_is_entered_for_others,
         container_users_and_groups_are_applied,
         container_unknown_user_is_refused,
         container_with_a_terminal_has_one;
@@ -62,6 +67,45 @@ async fn container_absent_folder_is_created(t: &Context) -> Result<()> {
         .edit(|config| config.working_dir = "/new/folder/below".into());
     let text = text_of(builder, "pwd; stat -c '%u %a' .").await?;
     same!(text, "/new/folder/below\n0 755");
+    Ok(())
+}
+
+async fn container_absent_folder_is_created_in_its_volume(t: &Context) -> Result<()> {
+    let volume = t.new_folder("work")?;
+    let pod = t.ready_pod().await?;
+    let builder = t
+        .container(&pod, "main")
+        .mount(&volume, "/work", false)
+        .edit(|config| config.working_dir = "/work/source/deep".into());
+    let text = text_of(builder, "pwd; stat -c '%u %a' .; touch here").await?;
+    same!(text, "/work/source/deep\n0 755");
+    same!(
+        Path::new(&volume).join("source/deep/here").exists(),
+        true,
+        "it is in the volume"
+    );
+    Ok(())
+}
+
+/// As runc: the folder is entered before the user is set.
+async fn container_folder_of_root_is_entered_for_others(t: &Context) -> Result<()> {
+    let folder = t.new_folder("roots")?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700))?;
+    let pod = t.ready_pod().await?;
+    let container = t
+        .container(&pod, "main")
+        .mount(&folder, "/roots", false)
+        .edit(|config| config.working_dir = "/roots".into())
+        .security(|security| security.run_as_user = Some(Int64Value { value: 1000 }))
+        .shell("readlink /proc/self/cwd; ls || sleep 1000000")
+        .start()
+        .await?;
+    container.wrote("/roots", Duration::from_secs(20)).await?;
+    let exec = container
+        .shell("id -u; readlink /proc/self/cwd; ls")
+        .await?;
+    same!(exec.text(), "1000\n/roots");
+    contains!(exec.error_text(), "Permission denied");
     Ok(())
 }
 
