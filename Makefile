@@ -64,9 +64,11 @@ bench-quick: packages tools guest shim ## figures beside runc, as a Markdown tab
 	@$(RELEASE)/podhull-bench quick $(addprefix -n ,$(RUNS))
 
 .PHONY: bench-sessions
-bench-sessions: packages tools streams guest shim ## exec, terminals and forwarded ports beside runc
+bench-sessions: packages tools streams guest shim ## exec, terminals and forwarded ports beside runc; RUNS=100
+	@deploy/guest/build-agent.sh podhull-bench-guest
+	@deploy/guest/build-initramfs.sh $(dir $(AGENT))podhull-bench-guest $(GUEST)/bench.cpio
 	@cargo build --release --locked -p podhull-bench
-	@$(RELEASE)/podhull-bench sessions $(addprefix -n ,$(RUNS))
+	@PODHULL_BENCH_INITRAMFS=$(CURDIR)/$(GUEST)/bench.cpio $(RELEASE)/podhull-bench sessions $(addprefix -n ,$(RUNS))
 
 # Other cases: FILTER="fault_ exec_".
 .PHONY: test-kvm

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds podhull-agent as one static program.
+# Builds podhull-agent as one static program, or another package that becomes PID 1 of a guest.
+# Usage: build-agent.sh [PACKAGE]
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/../../tests/setup/lib.sh"
 
@@ -18,4 +19,4 @@ paths="--remap-path-prefix=$ROOT=podhull"
 paths+=" --remap-path-prefix=$(realpath -ms "$CARGO_TARGET_DIR")=target"
 paths+=" --remap-path-prefix=$(realpath -ms "${CARGO_HOME:-$HOME/.cargo}")=cargo"
 export RUSTFLAGS="-C target-feature=+crt-static $paths"
-cd "$ROOT" && exec cargo build --release --locked --target "$triple" -p podhull-agent
+cd "$ROOT" && exec cargo build --release --locked --target "$triple" -p "${1:-podhull-agent}"

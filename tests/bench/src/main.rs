@@ -16,6 +16,7 @@ mod quick;
 mod report;
 mod sessions;
 mod statistics;
+mod vsock;
 
 use std::env;
 use std::io::{self, Write};
@@ -29,6 +30,10 @@ use podhull_testkit::{Node, evidence, namespaces};
 const LOG_LINES: usize = 25;
 
 fn main() -> ExitCode {
+    // A child of a VM of our own.
+    if let Some(code) = podhull_vmm::helper_main(env::args().skip(1)) {
+        return code;
+    }
     if let Some(code) = namespaces::helper_stage() {
         return code;
     }

@@ -8,6 +8,7 @@ use crate::options::Options;
 use crate::quick::{Measured, PARTS, STEPS};
 use crate::sessions;
 use crate::statistics::{Series, high_name};
+use crate::vsock::{Floor, Pair};
 
 /// Everything that was measured.
 pub(crate) fn markdown(measured: &Measured, options: &Options) -> String {
@@ -23,6 +24,7 @@ pub(crate) fn markdown(measured: &Measured, options: &Options) -> String {
 pub(crate) fn sessions(measured: &sessions::Measured, options: &Options) -> String {
     let mut text = String::new();
     let _ = session_figures(&mut text, measured, options)
+        .and_then(|()| vsock_floor(&mut text, &measured.floor))
         .and_then(|()| place(&mut text, &measured.machine, &measured.load_at_end, options));
     text
 }
@@ -51,6 +53,31 @@ fn session_figures(text: &mut String, measured: &sessions::Measured, options: &O
     writeln!(
         text,
         "\nHigh: the 99th percentile of at least a hundred values, else the largest.\n"
+    )
+}
+
+fn vsock_floor(text: &mut String, floor: &Floor) -> Written {
+    writeln!(
+        text,
+        "| a guest that only moves bytes, over the same vsock | n | median | high |\n|---|--:|--:|--:|"
+    )?;
+    let mut row = |name: &str, series: &Series| {
+        let (median, high) = (ms(series.median()), ms(series.high()));
+        writeln!(text, "| {name} | {} | {median} | {high} |", series.len())
+    };
+    row("connection (ms)", &floor.dial)?;
+    row("connection and handshake of a session (ms)", &floor.open)?;
+    for (way, pair) in [("out of", &floor.out), ("into", &floor.into)] {
+        row(&format!("raw copy {way} the guest (MiB/s)"), &pair.raw)?;
+        row("the same through a session (MiB/s)", &pair.session)?;
+    }
+    let share = |pair: &Pair| Some(pair.session.median()? / pair.raw.median()?);
+    let share = |pair| share(pair).map_or_else(|| "–".into(), |share| format!("{share:.2}"));
+    writeln!(
+        text,
+        "\nThrough a session, of the raw copy: {} out of the guest, {} into it.\n",
+        share(&floor.out),
+        share(&floor.into)
     )
 }
 

@@ -18,6 +18,7 @@ use crate::machine::Machine;
 use crate::options::Options;
 use crate::quick::{log_as_usual, ms};
 use crate::statistics::Series;
+use crate::vsock::{self, Floor};
 
 /// What is timed, in order; in ms but where it says so.
 pub(crate) const FIGURES: [&str; 6] = [
@@ -36,7 +37,7 @@ pub(crate) const COSTS: [&str; 2] = [
 
 const MIB: usize = 1 << 20;
 /// What one throughput run moves.
-const VOLUME: usize = 64 * MIB;
+pub(crate) const VOLUME: usize = 64 * MIB;
 const ECHO: u16 = 8001;
 const SINK: u16 = 8002;
 /// Nothing that is waited for takes longer.
@@ -56,6 +57,7 @@ pub(crate) struct Figures {
 pub(crate) struct Measured {
     pub(crate) runc: Figures,
     pub(crate) other: Figures,
+    pub(crate) floor: Floor,
     pub(crate) machine: Machine,
     pub(crate) load_at_end: String,
 }
@@ -68,6 +70,7 @@ pub(crate) async fn run(node: &Node, options: &Options) -> Result<Measured> {
     let mut measured = Measured {
         runc: Figures::default(),
         other: Figures::default(),
+        floor: Floor::default(),
         machine,
         load_at_end: String::new(),
     };
@@ -85,6 +88,8 @@ pub(crate) async fn run(node: &Node, options: &Options) -> Result<Measured> {
                 .with_context(|| format!("round {round} with {handler}"))?;
         }
     }
+    eprintln!("the floor");
+    measured.floor = vsock::run(node, options.runs * ROUNDS).await?;
     measured.load_at_end = Machine::load()?;
     Ok(measured)
 }
@@ -291,7 +296,7 @@ fn per_second(count: usize, took: Duration) -> f64 {
     count as f64 / took.as_secs_f64()
 }
 
-fn mib_per_second(took: Duration) -> f64 {
+pub(crate) fn mib_per_second(took: Duration) -> f64 {
     per_second(VOLUME / MIB, took)
 }
 
