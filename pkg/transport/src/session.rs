@@ -9,6 +9,7 @@
 //! `stream` what users read and write, `open` how a session begins, `relay` a
 //! session that carries a TCP connection.
 
+mod buffer;
 mod engine;
 pub(crate) mod frame;
 #[cfg(test)]

@@ -223,11 +223,8 @@ impl AsyncRead for TransportIo {
         loop {
             let Socket(socket) = self.view.socket(Direction::Read, cx)?;
             ready!(socket.poll_read_ready(cx))?;
-            match socket.try_read(buf.initialize_unfilled()) {
-                Ok(count) => {
-                    buf.advance(count);
-                    return Poll::Ready(Ok(()));
-                }
+            match socket.try_read_buf(buf) {
+                Ok(_) => return Poll::Ready(Ok(())),
                 Err(error) if is_retried(&error) => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }

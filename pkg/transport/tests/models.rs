@@ -14,9 +14,6 @@
 mod sync {
     pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
 }
-mod transport {
-    pub(crate) const MAX_WRITE: usize = 16 * 1024;
-}
 #[path = "../src/conn.rs"]
 mod conn;
 #[path = "../src/error.rs"]
@@ -25,6 +22,7 @@ mod error;
 mod lease;
 #[path = "../src/session"]
 mod session {
+    pub(crate) mod buffer;
     #[path = "frame.rs"]
     mod codec;
     pub(crate) mod state;

@@ -3,7 +3,7 @@
 //! `make bench-sessions`.
 //!
 //! ```text
-//! podhull-bench quick|sessions [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]
+//! podhull-bench quick|sessions|floor [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]
 //! ```
 //!
 //! docs/performance.md says what is measured and how. The table goes to
@@ -66,6 +66,7 @@ fn run(options: &Options) -> Result<()> {
         Subject::Sessions => {
             report::sessions(&runtime.block_on(sessions::run(&node, options))?, options)
         }
+        Subject::Floor => report::floor(&runtime.block_on(vsock::run(&node, options.runs))?),
     };
     io::stdout()
         .lock()

@@ -5,8 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use podhull_testkit::Release;
 use podhull_testkit::programs::Programs;
 
-pub(crate) const USAGE: &str =
-    "usage: podhull-bench quick|sessions [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
+pub(crate) const USAGE: &str = "usage: podhull-bench quick|sessions|floor [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
 
 /// Which figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +14,8 @@ pub(crate) enum Subject {
     Quick,
     /// What runs in it, and ports.
     Sessions,
+    /// Of sessions, what the guest's own connections can do; alone.
+    Floor,
 }
 
 impl Subject {
@@ -22,6 +23,7 @@ impl Subject {
         match self {
             Self::Quick => "quick",
             Self::Sessions => "sessions",
+            Self::Floor => "floor",
         }
     }
 }
@@ -41,10 +43,10 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn parse(mut args: impl Iterator<Item = String>) -> Result<Self> {
         let command = args.next();
-        let subject = [Subject::Quick, Subject::Sessions]
+        let subject = [Subject::Quick, Subject::Sessions, Subject::Floor]
             .into_iter()
             .find(|subject| command.as_deref() == Some(subject.name()))
-            .context("expected: quick or sessions")?;
+            .context("expected: quick, sessions or floor")?;
         let mut options = Self {
             subject,
             // Of each of four pods.

@@ -29,6 +29,13 @@ pub(crate) fn sessions(measured: &sessions::Measured, options: &Options) -> Stri
     text
 }
 
+/// The floor of sessions alone.
+pub(crate) fn floor(floor: &Floor) -> String {
+    let mut text = String::new();
+    let _ = vsock_floor(&mut text, floor);
+    text
+}
+
 fn session_figures(text: &mut String, measured: &sessions::Measured, options: &Options) -> Written {
     let other = &options.handler;
     writeln!(

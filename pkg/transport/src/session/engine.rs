@@ -5,13 +5,16 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::frame::{Frame, HEADER, MAX_DATA};
+use super::frame::{Frame, HEADER};
 use super::state::{End, Shared};
 use crate::error::SessionError;
 use crate::metrics;
+
+/// What is read at a time while no frame has begun: many small ones.
+const FIRST: usize = 4096;
 
 /// Reads frames until the connection or the session ends. `buffer` is what was
 /// read behind the handshake; it never holds more than two frames.
@@ -29,8 +32,11 @@ pub(super) async fn read_frames(
             Ok(None) => {}
             Err(error) => break End::Failed(error.into()),
         }
-        buffer.reserve(HEADER + MAX_DATA);
-        match io.read_buf(&mut buffer).await {
+        // To the end of a frame and the next one's header: what is left of a read
+        // would have to be moved.
+        let wanted = Frame::missing(&buffer).map_or(FIRST, |missing| missing + HEADER);
+        buffer.reserve(wanted);
+        match io.read_buf(&mut (&mut buffer).limit(wanted)).await {
             Ok(0) => break End::Failed(SessionError::Lost("ended without CLOSE".into())),
             Ok(_) => {}
             Err(error) => break End::Failed(SessionError::Lost(error.to_string())),
@@ -60,10 +66,10 @@ mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
 
-    use bytes::{BufMut, Bytes};
+    use bytes::Bytes;
     use tokio::io::ReadBuf;
 
-    use super::super::frame::{Stream, WINDOW};
+    use super::super::frame::{MAX_DATA, Stream, WINDOW};
     use super::super::state::Side;
     use super::*;
 
@@ -71,6 +77,8 @@ mod tests {
     /// was given.
     struct Flood<'a> {
         bytes: &'a [u8],
+        /// Of the time that is under way.
+        sent: usize,
         times: usize,
         most: &'a mut usize,
     }
@@ -83,9 +91,12 @@ mod tests {
         ) -> Poll<io::Result<()>> {
             *self.most = buffer.remaining().max(*self.most);
             let this = &mut *self;
-            while this.times > 0 && buffer.remaining() >= this.bytes.len() {
-                buffer.put_slice(this.bytes);
-                this.times -= 1;
+            while this.times > 0 && buffer.remaining() > 0 {
+                let rest = &this.bytes[this.sent..];
+                let count = rest.len().min(buffer.remaining());
+                buffer.put_slice(&rest[..count]);
+                this.sent = (this.sent + count) % this.bytes.len();
+                this.times -= usize::from(this.sent == 0);
             }
             Poll::Ready(Ok(()))
         }
@@ -96,6 +107,7 @@ mod tests {
         let mut most = 0;
         let io = Flood {
             bytes,
+            sent: 0,
             times,
             most: &mut most,
         };

@@ -5,14 +5,13 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::error::ProtocolError;
-use crate::transport::MAX_WRITE;
 
 /// Version of the protocol, sent in HELLO.
 pub(crate) const VERSION: u16 = 1;
 /// Bytes of a header.
 pub(crate) const HEADER: usize = 8;
-/// Most payload of a DATA frame: with its header it fits one write.
-pub(crate) const MAX_DATA: usize = MAX_WRITE - HEADER;
+/// Most payload of a DATA frame.
+pub(crate) const MAX_DATA: usize = 64 * 1024 - HEADER;
 /// Most payload of any other frame.
 pub(crate) const MAX_CONTROL: usize = 1024;
 /// What a receiver allows a sender at first, per stream, and at most.
@@ -116,6 +115,18 @@ impl Frame {
     /// A DATA frame's bytes; the payload is copied once.
     pub(crate) fn data(stream: Stream, payload: &[u8]) -> Bytes {
         encode(DATA, stream as u8, payload)
+    }
+
+    /// How much is still missing of the first frame in `buffer`; `None` if its
+    /// header is not there yet, or cannot be right.
+    pub(crate) fn missing(buffer: &[u8]) -> Option<usize> {
+        let header = buffer.get(..HEADER)?;
+        let size = (&header[4..]).get_u32_le() as usize;
+        let size = limit(header[0])
+            .ok()
+            .filter(|limit| size <= *limit)
+            .map(|_| size)?;
+        Some((HEADER + size).saturating_sub(buffer.len()))
     }
 
     /// Takes the first frame out of `buffer`; `None` if it is not complete yet.

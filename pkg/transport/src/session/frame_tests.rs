@@ -6,7 +6,6 @@ use proptest::prelude::*;
 
 use super::frame::*;
 use crate::error::ProtocolError;
-use crate::transport::MAX_WRITE;
 
 pub(super) fn any_frame() -> impl Strategy<Value = Frame> {
     let stream = prop::sample::select(Stream::ALL.to_vec());
@@ -89,7 +88,18 @@ fn an_unknown_stream_is_refused() {
 }
 
 #[test]
-fn a_full_data_frame_fits_one_write() {
+fn a_full_data_frame_is_no_larger_than_the_limit() {
     let frame = Frame::Data(Stream::Output, Bytes::from(vec![0; MAX_DATA]));
-    assert_eq!(frame.encode().len(), MAX_WRITE);
+    assert_eq!(frame.encode().len(), 64 * 1024);
+}
+
+#[test]
+fn what_is_missing_of_a_frame_is_known_from_its_header() {
+    let frame = Frame::Data(Stream::Output, Bytes::from_static(b"abc")).encode();
+    for (length, missing) in [(7, None), (8, Some(3)), (10, Some(1)), (11, Some(0))] {
+        assert_eq!(Frame::missing(&frame[..length]), missing, "of {length}");
+    }
+    let mut promise = BytesMut::from(&frame[..4]);
+    promise.put_u32_le(u32::MAX);
+    assert_eq!(Frame::missing(&promise), None);
 }

@@ -11,8 +11,9 @@ use std::collections::VecDeque;
 use std::sync::PoisonError;
 use std::task::{Context, Poll, Waker};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
+use super::buffer::Buffer;
 use super::frame::{Frame, Stream, WINDOW};
 use crate::error::{ProtocolError, SessionError};
 use crate::sync::{Arc, Mutex, MutexGuard};
@@ -55,7 +56,7 @@ pub(crate) struct Outgoing {
 
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    pub(crate) buffer: BytesMut,
+    pub(crate) buffer: Buffer,
     /// How much more the peer may send.
     window: usize,
     /// Read by the user, not yet given back to the peer as credit.
@@ -150,7 +151,7 @@ impl State {
     pub(crate) fn stop_reading(&mut self, stream: Stream) {
         if let Some(incoming) = self.incoming(stream) {
             incoming.dropped = true;
-            incoming.buffer = BytesMut::new();
+            incoming.buffer = Buffer::default();
             if !incoming.ended() {
                 incoming.stop_to_send = true;
                 self.wake_writer();
@@ -256,7 +257,7 @@ impl State {
                 }
                 incoming.window -= bytes.len();
                 if !incoming.dropped {
-                    incoming.buffer.extend_from_slice(&bytes);
+                    incoming.buffer.push(bytes);
                     wake(&mut incoming.waker);
                 }
             }
@@ -360,7 +361,7 @@ impl Shared {
         });
         let incoming = Stream::ALL.map(|stream| {
             (!side.sends(stream)).then(|| Incoming {
-                buffer: BytesMut::new(),
+                buffer: Buffer::default(),
                 window: WINDOW,
                 unreported: 0,
                 eof: false,

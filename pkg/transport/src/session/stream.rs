@@ -5,7 +5,6 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::Buf;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frame::{Frame, MAX_DATA, Stream};
@@ -128,10 +127,8 @@ impl AsyncRead for StreamReader {
         let Some(incoming) = state.incoming(self.stream) else {
             return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
         };
-        let count = incoming.buffer.len().min(buf.remaining());
+        let count = incoming.buffer.read(buf);
         if count > 0 {
-            buf.put_slice(&incoming.buffer[..count]);
-            incoming.buffer.advance(count);
             state.return_credit(self.stream, count);
             return Poll::Ready(Ok(()));
         }
