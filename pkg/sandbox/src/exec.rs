@@ -115,8 +115,11 @@ impl Sandbox {
             .leases
             .issue(holder)
             .map_err(podhull_transport::TransportError::from)?;
-        let transport = self.address.dial(VsockPort::SESSIONS, lease, by).await?;
-        Ok(open_session(transport, &self.token, target, by).await?)
+        let dialled = async {
+            let transport = self.address.dial(VsockPort::SESSIONS, lease, by).await?;
+            Ok(open_session(transport, &self.token, target, by).await?)
+        };
+        self.unless_cut(dialled).await
     }
 
     /// Makes the guest forget a process that the host gave up.

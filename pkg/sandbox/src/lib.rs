@@ -16,6 +16,8 @@ pub mod cleanup;
 mod container;
 pub mod error;
 mod exec;
+#[cfg(test)]
+mod fixture;
 mod forward;
 mod pids;
 mod process;

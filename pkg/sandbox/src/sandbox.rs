@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use podhull_agent_client::{AgentChannel, AgentError};
+use podhull_agent_client::AgentChannel;
 use podhull_api::agent;
 use podhull_network::LoopbackListener;
 use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
@@ -69,7 +69,8 @@ pub struct Sandbox {
     /// Cancelled when they must not hold the teardown up any more.
     pub(crate) cut_forwards: CancellationToken,
     pub(crate) stop_watching: CancellationToken,
-    /// Cancelled when calls to the agent must not hold the teardown up any more.
+    /// Cancelled when the guest's answers are not waited for any more: it is dead,
+    /// or they must not hold the teardown up.
     pub(crate) cut_calls: CancellationToken,
     times: Mutex<BootTimes>,
 }
@@ -268,7 +269,7 @@ impl Sandbox {
             return Err(SandboxError::VmDied { id, reason });
         }
         if !matches!(*self.phase.borrow(), Phase::Running) {
-            return Err(SandboxError::Stopping(self.spec.id.clone()));
+            return Err(self.stopping());
         }
         if *self.suspect.borrow() {
             return Err(SandboxError::Suspect(self.spec.id.clone()));
@@ -299,31 +300,44 @@ impl Sandbox {
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
         let began = Instant::now();
-        let result = {
+        let asked = async {
             let channel = self.channel.read().await;
             let Some(channel) = channel.as_ref() else {
-                return Err(SandboxError::Stopping(self.spec.id.clone()));
+                return Err(self.stopping());
             };
-            // A teardown does not wait for calls that are under way: it cuts them.
-            tokio::select! {
-                result = channel.call(method, by, call) => result,
-                () = self.cut_calls.cancelled() => Err(AgentError::Closing),
-            }
+            Ok(channel.call(method, by, call).await?)
         };
+        let result = self.unless_cut(asked).await;
         let label = if result.is_ok() { "ok" } else { "error" };
         self.runtime
             .metrics
             .agent_calls
             .with_label_values(&[method, label])
             .observe(began.elapsed().as_secs_f64());
-        // A call that failed because the VM ended says why the VM ended.
-        result.map_err(|error| match self.death.get() {
-            Some(reason) => SandboxError::VmDied {
-                id: self.spec.id.clone(),
-                reason: reason.clone(),
-            },
-            None => error.into(),
-        })
+        result
+    }
+
+    /// What the guest answers. Neither a teardown nor the verdict that it is dead
+    /// waits for what is under way; what fails because the VM ended says why the
+    /// VM ended.
+    pub(crate) async fn unless_cut<T>(
+        &self,
+        answer: impl Future<Output = Result<T, SandboxError>>,
+    ) -> Result<T, SandboxError> {
+        let answer = self.cut_calls.run_until_cancelled(answer).await;
+        answer
+            .unwrap_or_else(|| Err(self.stopping()))
+            .map_err(|error| match self.death.get() {
+                Some(reason) => SandboxError::VmDied {
+                    id: self.spec.id.clone(),
+                    reason: reason.clone(),
+                },
+                None => error,
+            })
+    }
+
+    fn stopping(&self) -> SandboxError {
+        SandboxError::Stopping(self.spec.id.clone())
     }
 
     /// Registers the pause task: it has no process in the guest, its PID is the

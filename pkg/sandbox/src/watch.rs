@@ -61,10 +61,24 @@ async fn watch_vm(sandbox: Weak<Sandbox>, vm: Arc<dyn Vm>) {
 
 /// The VM is gone: tells everybody who waits, then releases everything.
 fn declare_dead(sandbox: &Arc<Sandbox>, reason: String) {
-    if sandbox.death.set(reason.clone()).is_err() {
-        return;
+    if pass_verdict(sandbox, &reason) {
+        bury(sandbox, reason);
     }
-    tracing::error!(sandbox = %sandbox.spec.id, %reason, "the VM ended by itself");
+}
+
+/// Calls that are under way fail with `reason` from now on. False if the sandbox
+/// was dead already.
+fn pass_verdict(sandbox: &Sandbox, reason: &str) -> bool {
+    let first = sandbox.death.set(reason.to_owned()).is_ok();
+    if first {
+        tracing::error!(sandbox = %sandbox.spec.id, %reason, "the VM ended by itself");
+        sandbox.cut_calls.cancel();
+    }
+    first
+}
+
+/// The end of a sandbox whose VM ended.
+fn bury(sandbox: &Arc<Sandbox>, reason: String) {
     sandbox
         .runtime
         .metrics
@@ -236,14 +250,24 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
             tracing::warn!(sandbox = %sandbox.spec.id, suspect, "heartbeat");
         }
         if answered.elapsed() >= dead_after {
-            let silent = answered.elapsed().as_secs();
+            let reason = format!(
+                "the guest was silent for {} s",
+                answered.elapsed().as_secs()
+            );
+            // First: ending the VM takes time, and what it ends with is no reason.
+            if !pass_verdict(&sandbox, &reason) {
+                return;
+            }
             // Whoever waits for the guest's bytes sees their end only once it has ended.
             if let Some(vm) = vm_of(&sandbox).await {
                 let report = vm.stop(Deadline::after(Duration::ZERO)).await;
                 tracing::debug!(?report, "ended the silent VM");
             }
-            declare_dead(&sandbox, format!("the guest was silent for {silent} s"));
+            bury(&sandbox, reason);
             return;
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

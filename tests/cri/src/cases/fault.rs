@@ -159,26 +159,45 @@ async fn fault_guest_frozen_for_good_ends_its_pod(t: &Context) -> Result<()> {
     fs::write(CONFIG, text).context("write podhull's configuration")?;
     let (pod, container) = t.idle().await?;
     let processes = Processes::of(pod.id())?;
-    let begin = Instant::now();
-    signal(processes.pid(Role::Vmm)?, Signal::SIGSTOP)?;
-    // Who came before that is answered at the end.
-    let early = container.exec(["true"]);
-    let late = async {
-        // Suspect after two seconds at most: whoever comes then is told at once.
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let text = refusal(container.exec(["true"]).await, "an exec in a frozen guest")?;
-        contains!(&text, "heartbeat");
-        let took = begin.elapsed();
-        ensure!(took < Duration::from_secs(5), "told only after {took:?}");
-        ensure!(pod.is_ready().await?, "given up too early");
-        anyhow::Ok(())
+    let running = container.shell("echo begun >/dev/shm/begun; sleep 1000");
+    let frozen = async {
+        while container.shell("cat /dev/shm/begun").await?.text() != "begun" {}
+        let begin = Instant::now();
+        signal(processes.pid(Role::Vmm)?, Signal::SIGSTOP)?;
+        // Who comes before the guest is suspect is answered at the end.
+        let (early, stopped, late) = tokio::join!(
+            container.exec(["true"]),
+            container.stop(100),
+            late(&pod, &container, begin)
+        );
+        late?;
+        for answer in [early.map(drop), stopped] {
+            contains!(&refusal(answer, "a call to a silent guest")?, "silent");
+        }
+        anyhow::Ok(begin)
     };
-    let (early, late) = tokio::join!(early, late);
-    late?;
-    refusal(early, "an exec that the guest never saw")?;
+    let waited = async { tokio::join!(running, frozen) };
+    let (running, begin) = tokio::time::timeout(Duration::from_secs(30), waited)
+        .await
+        .context("not everybody who waits is answered")?;
+    let begin = begin?;
+    if let Ok(output) = running {
+        same!(output.code, 137, "the exec that ran");
+    }
     same!(container.exited(NOTICED_WITHIN).await?.exit_code, 137);
     let took = begin.elapsed();
     let given_up = DEAD_AFTER - Duration::from_secs(1)..DEAD_AFTER + Duration::from_secs(4);
     ensure!(given_up.contains(&took), "given up after {took:?}");
     ends(&pod, &container, &processes).await
+}
+
+/// Suspect after two seconds at most: whoever comes then is told at once.
+async fn late(pod: &Pod, container: &Container, begin: Instant) -> Result<()> {
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let text = refusal(container.exec(["true"]).await, "an exec in a frozen guest")?;
+    contains!(&text, "heartbeat");
+    let took = begin.elapsed();
+    ensure!(took < Duration::from_secs(5), "told only after {took:?}");
+    ensure!(pod.is_ready().await?, "given up too early");
+    Ok(())
 }
