@@ -10,16 +10,20 @@ use hyper_util::rt::TokioIo;
 use podhull_api::agent::agent_client::AgentClient;
 use podhull_transport::{CloseReport, Holder, HolderKind, Outcome, VsockTransport};
 use podhull_types::Deadline;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic::{Response, Status};
 
 use crate::error::AgentError;
 use crate::executor::OwnExecutor;
+use crate::line::Line;
 
 /// Largest message the agent may send; its bytes are not to be trusted.
 const MAX_MESSAGE: usize = 4 << 20;
 /// What aborting gRPC's tasks may take of a close whose deadline has passed.
 const ABORT_GRACE: Duration = Duration::from_millis(500);
+
+/// A client of an [`AgentChannel`]; keeping one keeps nothing else.
+pub type Client = AgentClient<Line>;
 
 /// The gRPC channel to an agent, and the transport under it.
 ///
@@ -47,8 +51,8 @@ const ABORT_GRACE: Duration = Duration::from_millis(500);
 /// ```
 #[derive(Debug)]
 pub struct AgentChannel {
-    /// `None` once closing began.
-    client: Mutex<Option<AgentClient<Channel>>>,
+    /// Cut once closing began.
+    line: Line,
     executor: OwnExecutor,
     /// `None` once closed.
     transport: Option<VsockTransport>,
@@ -64,8 +68,8 @@ impl AgentChannel {
         transport.rename_holder(Holder::new(HolderKind::Control, "agent channel"));
         let executor = OwnExecutor::default();
         match Self::connect(&transport, executor.clone()).await {
-            Ok(client) => Ok(Self {
-                client: Mutex::new(Some(client)),
+            Ok(line) => Ok(Self {
+                line,
                 executor,
                 transport: Some(transport),
             }),
@@ -81,7 +85,7 @@ impl AgentChannel {
     async fn connect(
         transport: &VsockTransport,
         executor: OwnExecutor,
-    ) -> Result<AgentClient<Channel>, AgentError> {
+    ) -> Result<Line, AgentError> {
         // tonic connects again when a connection is lost. There is only this
         // one: a second try means that the VM is gone.
         let once = Arc::new(Mutex::new(Some(TokioIo::new(transport.io()?))));
@@ -94,17 +98,19 @@ impl AgentChannel {
             .connect_with_connector(connector)
             .await
             .map_err(AgentError::Setup)?;
-        Ok(AgentClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
+        Ok(Line::new(channel))
     }
 
-    /// A client for a call that lasts, as an event stream does. It fails once
-    /// the channel closes.
+    /// A client for a call that lasts, as an event stream does. It may be kept:
+    /// its calls fail once the channel closes.
     ///
     /// # Errors
     /// [`AgentError::Closing`] once [`close`](Self::close) began.
-    pub fn client(&self) -> Result<AgentClient<Channel>, AgentError> {
-        let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.clone().ok_or(AgentError::Closing)
+    pub fn client(&self) -> Result<Client, AgentError> {
+        if self.line.is_cut() {
+            return Err(AgentError::Closing);
+        }
+        Ok(Client::new(self.line.clone()).max_decoding_message_size(MAX_MESSAGE))
     }
 
     /// Makes one call. `method` names it in errors.
@@ -118,7 +124,7 @@ impl AgentChannel {
         call: F,
     ) -> Result<T, AgentError>
     where
-        F: FnOnce(AgentClient<Channel>) -> Fut,
+        F: FnOnce(Client) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let client = self.client()?;
@@ -131,16 +137,13 @@ impl AgentChannel {
 
     /// Refuses new calls from now on; those under way go on.
     pub fn refuse_calls(&self) {
-        self.client
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.line.cut();
     }
 
     /// Shuts gRPC down, then closes the transport: also if the first fails or
     /// passes its deadline.
     pub async fn close(mut self, by: Deadline) -> CloseReport {
-        self.refuse_calls();
+        self.line.cut();
         let outcome = match by.run(self.executor.joined()).await {
             Ok(()) => Outcome::Clean,
             Err(_) => Outcome::Forced("calls were still under way".into()),
@@ -166,6 +169,7 @@ impl AgentChannel {
 
 impl Drop for AgentChannel {
     fn drop(&mut self) {
+        self.line.cut();
         self.executor.cancel();
     }
 }
@@ -270,16 +274,22 @@ mod tests {
         }
     }
 
-    /// A client that somebody keeps keeps nothing else.
+    /// A client that somebody keeps keeps nothing else, and is not waited for.
     #[tokio::test]
     async fn l4_a_client_outlives_its_channel_without_the_transport() {
         let leases = LeaseSet::new("vm");
         let (channel, mut peer) = channel(&leases).await;
         let mut client = channel.client().unwrap();
-        let report = channel.close(after(50)).await;
-        assert_eq!(outcomes(&report)[1], ("transport", &Outcome::Clean));
+        let mut copy = client.clone();
+        let closing = after(100).run(channel.close(after(60_000))).await;
+        let report = closing.expect("its clients are waited for");
+        assert!(report.is_clean(), "{report}");
         assert!(leases.held().is_empty());
-        assert!(client.ping(PingRequest::default()).await.is_err());
+        for client in [&mut client, &mut copy] {
+            let status = client.ping(PingRequest::default()).await.unwrap_err();
+            let error = AgentError::from_status("Ping", &status);
+            assert!(matches!(error, AgentError::Closing), "{error:?}");
+        }
         peer.read_to_end(&mut Vec::new()).await.unwrap();
     }
 }

@@ -93,8 +93,10 @@ impl AgentError {
     /// an answer of the agent by its source: only the former has one.
     #[must_use]
     pub fn from_status(method: &'static str, status: &Status) -> Self {
-        if std::error::Error::source(status).is_some() {
-            return Self::VmGone { method };
+        match std::error::Error::source(status).map(|source| source.downcast_ref()) {
+            Some(Some(Self::Closing)) => return Self::Closing,
+            Some(_) => return Self::VmGone { method },
+            None => {}
         }
         Self::Rpc {
             method,

@@ -8,13 +8,14 @@
 //! This crate is given transports; it must not know how they are made (no VMM)
 //! nor what is asked of the agent (no containers).
 //!
-//! Reading order: [`channel`], [`ready`], [`error`].
+//! Reading order: [`channel`], [`mod@line`], [`ready`], [`error`].
 
 pub mod channel;
 pub mod error;
 mod executor;
+pub mod line;
 pub mod ready;
 
-pub use channel::AgentChannel;
+pub use channel::{AgentChannel, Client};
 pub use error::{AgentError, RpcKind, words};
 pub use ready::{Connected, wait_for_agent};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use podhull_agent_client::AgentChannel;
+use podhull_agent_client::{AgentChannel, Client};
 use podhull_api::agent;
 use podhull_network::LoopbackListener;
 use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
@@ -296,7 +296,7 @@ impl Sandbox {
         call: F,
     ) -> Result<T, SandboxError>
     where
-        F: FnOnce(agent::agent_client::AgentClient<tonic::transport::Channel>) -> Fut,
+        F: FnOnce(Client) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
         let began = Instant::now();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use podhull_agent_client::AgentError;
+use podhull_agent_client::{AgentError, Client};
 use podhull_api::agent::{self, event};
 use podhull_types::{ContainerId, Deadline, ExecId, ExitStatus, ProcessRef};
 use podhull_vmm::Vm;
@@ -231,7 +231,7 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
         };
         let by = Deadline::after(interval);
         let acknowledged_sequence = seen.load(Ordering::Acquire);
-        let ping = async |mut client: agent::agent_client::AgentClient<_>| {
+        let ping = async |mut client: Client| {
             client
                 .ping(agent::PingRequest {
                     acknowledged_sequence,

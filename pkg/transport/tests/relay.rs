@@ -315,6 +315,36 @@ async fn l8_stopping_a_relay_never_closes_twice() {
     storm.end();
 }
 
+/// Both directions have ended at the guest's end, and the host never hangs up.
+#[tokio::test]
+async fn l8_a_guest_that_is_given_up_does_not_wait_for_the_host() {
+    let leases = LeaseSet::new("vm");
+    let (mut host, guest) = session(&leases).await;
+    let (mut server, to_server) = tcp().await;
+    let (give_up, given_up) = oneshot::channel::<()>();
+    let mut relay = tokio::spawn(guest.relay(to_server, async { drop(given_up.await) }));
+    host.input.shutdown().await.unwrap();
+    assert!(rest(&mut server).await.unwrap().is_empty());
+    server.shutdown().await.unwrap();
+    // The end's frame: from here on the relay waits for the host only.
+    host.output.read_to_end(&mut Vec::new()).await.unwrap();
+    let early = Deadline::after(Duration::from_millis(50));
+    early
+        .run(&mut relay)
+        .await
+        .expect_err("the host is to hang up first");
+    drop(give_up);
+    let report = soon()
+        .run(relay)
+        .await
+        .expect("it goes on waiting")
+        .unwrap();
+    assert!(report.cut.is_none(), "{report:?}");
+    assert!(report.closed.is_clean(), "{report:?}");
+    drop(host);
+    assert_eq!(leases.drained(soon()).await, Ok(()));
+}
+
 /// One bad connection is that connection's end (containerization#867).
 #[tokio::test]
 async fn l8_a_connection_that_is_reset_leaves_its_neighbours() {

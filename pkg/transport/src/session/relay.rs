@@ -88,11 +88,15 @@ impl GuestSession {
             handle,
         } = self;
         drop(error);
-        let report = relay(local, output, input, pending(), give_up).await;
+        let mut give_up = pin!(give_up);
+        let report = relay(local, output, input, pending(), &mut give_up).await;
         if report.cut.is_none() {
             // The host hangs up once it has everything: hanging up first could
             // lose it on the way.
-            handle.closed().await;
+            tokio::select! {
+                () = handle.closed() => {}
+                () = give_up => {}
+            }
         }
         let closed = handle.close(Deadline::after(CLOSE)).await;
         RelayReport { closed, ..report }
