@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, TcpListener as StdListener};
 use std::path::Path;
 
 use nix::sys::socket::{getsockopt, sockopt};
-use podhull_types::Deadline;
+use podhull_types::{Deadline, accept_again};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::error::NetworkError;
@@ -71,11 +71,25 @@ impl LoopbackListener {
         })
     }
 
-    /// The next connection, and the port that it was made to. Cancel safe.
+    /// The next connection, and the port that it was made to. One that is lost
+    /// while it is accepted is logged, and the next one waited for. Cancel safe.
     ///
     /// # Errors
-    /// What the kernel said: one failed accept does not end the listener.
+    /// What the kernel said, if the listener itself is broken.
     pub async fn accept(&self) -> io::Result<(TcpStream, u16)> {
+        loop {
+            let error = match self.accept_one().await {
+                Ok(accepted) => return Ok(accepted),
+                Err(error) => error,
+            };
+            tracing::warn!(%error, "a connection to the pod's loopback was lost");
+            if !accept_again(&error).await {
+                return Err(error);
+            }
+        }
+    }
+
+    async fn accept_one(&self) -> io::Result<(TcpStream, u16)> {
         let v6 = async {
             match &self.v6 {
                 Some(v6) => v6.accept().await,

@@ -3,7 +3,6 @@
 //! the guest's.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use podhull_network::LoopbackListener;
 use podhull_transport::{SessionTarget, reset};
@@ -13,9 +12,6 @@ use crate::error::SandboxError;
 use crate::sandbox::{Phase, Sandbox};
 
 const KIND: &str = "forward";
-/// Pause after a failed accept: nothing tells when descriptors are back, and
-/// trying at once would spin.
-const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until the sandbox is being stopped. One that fails ends
 /// only itself.
@@ -34,8 +30,8 @@ pub(crate) fn start(sandbox: &Arc<Sandbox>, listener: LoopbackListener) {
                     sandbox.forwards.spawn(connection);
                 }
                 Err(error) => {
-                    tracing::warn!(sandbox = %sandbox.spec.id, %error, "a connection to the pod's loopback was lost");
-                    tokio::time::sleep(FAILED_PAUSE).await;
+                    tracing::error!(sandbox = %sandbox.spec.id, %error, "no more ports are forwarded");
+                    return;
                 }
             }
         }

@@ -7,9 +7,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use podhull_types::{Cid, Deadline, VsockPort};
+use podhull_types::{Cid, Deadline, VsockPort, accept_again};
 use tokio::net::UnixListener;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr};
 
@@ -18,10 +17,6 @@ use crate::lease::{Holder, HolderKind, LeaseSet};
 use crate::metrics;
 use crate::report::{CloseReport, Outcome};
 use crate::transport::{Peer, VsockTransport};
-
-/// Pause after an accept that failed for lack of descriptors or memory: nothing
-/// tells when they are back, and trying at once would spin.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
 /// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses a port.
 const VMADDR_PORT_ANY: u32 = u32::MAX;
@@ -114,19 +109,20 @@ impl VsockListener {
     ///
     /// # Errors
     /// [`TransportError::Closing`] once the VM is being stopped;
-    /// [`TransportError::Listen`] if the listener itself is broken.
+    /// [`TransportError::Io`] if the listener itself is broken.
     pub async fn accept(&self) -> Result<VsockTransport, TransportError> {
         loop {
-            match self.accept_one().await {
+            let error = match self.accept_one().await {
                 Ok(transport) => return Ok(transport),
-                Err(error) if ends_listening(&error) => return Err(error),
-                Err(error) => {
-                    metrics::ACCEPT_FAILED.inc();
-                    tracing::warn!(port = %self.port, error = %error, "connection lost in accept");
-                    if is_exhaustion(&error) {
-                        tokio::time::sleep(EXHAUSTED_PAUSE).await;
-                    }
-                }
+                Err(error @ TransportError::Closing(_)) => return Err(error),
+                Err(error) => error,
+            };
+            metrics::ACCEPT_FAILED.inc();
+            tracing::warn!(port = %self.port, %error, "connection lost in accept");
+            if let TransportError::Io { source, .. } = &error
+                && !accept_again(source).await
+            {
+                return Err(error);
             }
         }
     }
@@ -181,32 +177,10 @@ impl VsockListener {
     }
 }
 
-/// Whether no later accept can succeed.
-fn ends_listening(error: &TransportError) -> bool {
-    use nix::errno::Errno;
-    match error {
-        TransportError::Closing(_) => true,
-        TransportError::Io { source, .. } => matches!(
-            source.raw_os_error().map(Errno::from_raw),
-            Some(Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP)
-        ),
-        _ => false,
-    }
-}
-
-fn is_exhaustion(error: &TransportError) -> bool {
-    use nix::errno::Errno;
-    matches!(
-        error,
-        TransportError::Io { source, .. } if matches!(
-            source.raw_os_error().map(Errno::from_raw),
-            Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
-        )
-    )
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 

@@ -2,8 +2,9 @@
 //! Values that every podhull crate speaks of. No I/O, no state.
 //!
 //! Reading order: [`id`], [`exit`], [`port`], [`token`], [`deadline`], [`phase`],
-//! [`mod@chain`].
+//! [`mod@chain`], [`accept`].
 
+pub mod accept;
 pub mod chain;
 pub mod deadline;
 pub mod exit;
@@ -12,6 +13,7 @@ pub mod phase;
 pub mod port;
 pub mod token;
 
+pub use accept::accept_again;
 pub use chain::chain;
 pub use deadline::{Deadline, Elapsed};
 pub use exit::ExitStatus;
