@@ -275,6 +275,9 @@ fn given_up() -> io::Error {
 }
 
 #[cfg(test)]
+mod relay_tests;
+
+#[cfg(test)]
 mod tests {
     use podhull_types::{ContainerId, ExecId};
     use tokio::io::AsyncReadExt;

@@ -202,8 +202,6 @@ async fn l8_a_lost_guest_resets_the_client() {
     assert_eq!(forward.leases.drained(soon()).await, Ok(()));
 }
 
-/// As in containerization#477: a relay that writes before it reads again stands
-/// still once both sides do.
 #[tokio::test]
 async fn l8_a_client_of_a_dead_server_gets_its_bytes_and_is_not_waited_for() {
     let mut forward = Forward::new().await;
@@ -227,6 +225,8 @@ async fn l8_a_client_of_a_dead_server_gets_its_bytes_and_is_not_waited_for() {
     assert_eq!(host.received, 900_001);
 }
 
+/// As in containerization#477: a relay that writes before it reads again stands
+/// still once both sides do.
 #[tokio::test]
 async fn l8_both_ways_blocked_is_no_deadlock() {
     const LENGTH: usize = 4 << 20;

@@ -99,6 +99,7 @@ async fn l2_a_duplicate_works_after_its_original_closed() {
     assert!(leases.held().is_empty());
 }
 
+/// A child kept a guest's connection open (kata#1950).
 #[tokio::test]
 async fn l2_descriptors_are_not_inherited_by_children() {
     let leases = LeaseSet::new("vm");
@@ -217,6 +218,7 @@ async fn a_write_is_at_most_16_kib() {
     assert!(transport.close(soon()).await.is_clean());
 }
 
+/// A second close hits whoever has the number by then (kata#4752).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l2_descriptor_numbers_are_never_taken_over() {
     let storm = Storm::new();

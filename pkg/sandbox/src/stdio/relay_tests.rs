@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A process's FIFOs and its session, with the guest's end played here.
+
+use std::os::unix::net::UnixStream;
+
+use podhull_transport::{
+    GuestSession, Holder, HolderKind, LeaseSet, Peer, SessionTarget, VsockTransport, open_session,
+    receive_session,
+};
+use podhull_types::{ContainerId, ExecId, Token, VsockPort};
+
+use super::*;
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(20))
+}
+
+struct Exec {
+    folder: tempfile::TempDir,
+    io: ProcessIo,
+    guest: GuestSession,
+}
+
+impl Exec {
+    /// A process whose streams are these FIFOs.
+    async fn with(stdin: bool, stdout: bool) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = |name| {
+            let path = folder.path().join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            path
+        };
+        let stdio = Stdio {
+            stdin: stdin.then(|| fifo("stdin")),
+            stdout: stdout.then(|| fifo("stdout")),
+            ..Stdio::default()
+        };
+        let container = ContainerId::new("c1").unwrap();
+        let process = ProcessRef::exec(container, ExecId::new("e1").unwrap());
+        let fifos = Fifos::open(&stdio, &process).unwrap();
+
+        let leases = LeaseSet::new("vm");
+        let (host, guest) = UnixStream::pair().unwrap();
+        let [host, guest] = [host, guest].map(|end| {
+            let holder = Holder::new(HolderKind::Session, "test");
+            let lease = leases.issue(holder).unwrap();
+            VsockTransport::adopt(end.into(), Peer::Guest(VsockPort::SESSIONS), lease).unwrap()
+        });
+        let token = Token::from_bytes([5; Token::LEN]);
+        let target = SessionTarget::Process(process);
+        let receive = async {
+            let incoming = receive_session(guest, &token, soon()).await.unwrap();
+            incoming.accept(soon()).await.unwrap()
+        };
+        let (host, guest) = tokio::join!(open_session(host, &token, &target, soon()), receive);
+        let io = ProcessIo::start(fifos, host.unwrap(), &Metrics::new().unwrap());
+        Self { folder, io, guest }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length)
+        .map(|i| u8::try_from((i * 31 + i / 251) % 256).unwrap())
+        .collect()
+}
+
+/// Its end came while most of what it wrote was on the way (kata#11747).
+#[tokio::test]
+async fn output_of_a_process_that_exits_right_after_it_is_not_cut() {
+    let exec = Exec::with(false, true).await;
+    let mut fifo = pipe::OpenOptions::new()
+        .open_receiver(exec.path("stdout"))
+        .unwrap();
+    let mut guest = exec.guest;
+    let sent = pattern(1 << 20);
+    let process = async {
+        guest.output.write_all(&sent).await.unwrap();
+        guest.output.shutdown().await.unwrap();
+        guest.error.shutdown().await.unwrap();
+        guest.handle.send_exit(0);
+        guest.handle.close(soon()).await
+    };
+    let read = async {
+        let mut received = vec![0; sent.len()];
+        fifo.read_exact(&mut received).await.unwrap();
+        received
+    };
+    let (closed, received, report) = tokio::join!(process, read, exec.io.finish(soon()));
+    assert!(received == sent);
+    assert!(report.complete, "{report:?}");
+    assert!(closed.is_clean(), "{closed}");
+    assert_eq!(fifo.read(&mut [0]).await.unwrap(), 0, "and nothing more");
+}
+
+/// An end that comes just behind a full buffer was lost (containerd#13934).
+#[tokio::test]
+async fn stdin_of_a_multiple_of_32_kib_ends() {
+    for size in [32 << 10, 64 << 10, 96 << 10, 128 << 10] {
+        let exec = Exec::with(true, false).await;
+        let mut client = pipe::OpenOptions::new()
+            .open_sender(exec.path("stdin"))
+            .unwrap();
+        let mut guest = exec.guest;
+        let sent = pattern(size);
+        let write = async move {
+            client.write_all(&sent).await.unwrap();
+            drop(client);
+            sent
+        };
+        let mut received = Vec::new();
+        let read = soon().run(guest.input.read_to_end(&mut received));
+        let (sent, read) = tokio::join!(write, read);
+        assert_eq!(read.expect("its end is lost").unwrap(), size);
+        assert!(received == sent, "{size}");
+        guest.output.shutdown().await.unwrap();
+        guest.error.shutdown().await.unwrap();
+        guest.handle.send_exit(0);
+        let (report, closed) = tokio::join!(exec.io.finish(soon()), guest.handle.close(soon()));
+        assert!(report.complete && closed.is_clean(), "{report:?}, {closed}");
+    }
+}
