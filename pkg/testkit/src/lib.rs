@@ -10,9 +10,10 @@
 //! is changed; when the program ends, however it ends, all of it is gone.
 //!
 //! Reading order: `namespaces`, `node`, `programs`, `image`, `containerd`,
-//! `cri`, `oracle`, `pod_processes`, `pod_netns`, `evidence`.
+//! `cri`, `oracle`, `pod_processes`, `pod_netns`, `context_id`, `evidence`.
 
 pub mod containerd;
+pub mod context_id;
 pub mod cri;
 pub mod evidence;
 pub mod image;
@@ -22,6 +23,7 @@ pub mod oracle;
 pub mod pod_netns;
 pub mod pod_processes;
 pub mod programs;
+mod sys;
 
 pub use containerd::{Containerd, Release};
 pub use node::Node;

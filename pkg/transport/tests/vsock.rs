@@ -33,7 +33,15 @@ fn lease(leases: &LeaseSet) -> Lease {
 }
 
 async fn dial(leases: &LeaseSet, port: VsockPort) -> Result<VsockTransport, TransportError> {
-    let address = GuestAddress::Vsock { cid: LOCAL };
+    dial_cid(LOCAL, leases, port).await
+}
+
+async fn dial_cid(
+    cid: Cid,
+    leases: &LeaseSet,
+    port: VsockPort,
+) -> Result<VsockTransport, TransportError> {
+    let address = GuestAddress::Vsock { cid };
     address.dial(port, lease(leases), soon()).await
 }
 
@@ -76,6 +84,31 @@ fn l7_a_dialled_and_an_accepted_connection_carry_large_writes_both_ways() {
         assert!(one.close(soon()).await.is_clean());
         assert!(other.close(soon()).await.is_clean());
         assert!(leases.held().is_empty());
+    });
+}
+
+#[test]
+fn l7_a_host_reaches_itself_as_the_host_and_as_local() {
+    if !Path::new("/dev/vhost-vsock").exists() {
+        println!("SKIP: this machine has no guests over AF_VSOCK");
+        return;
+    }
+    with_loopback(async {
+        assert_eq!(vsock::get_local_cid().unwrap(), Cid::HOST.0);
+        for cid in [LOCAL, Cid::HOST] {
+            let leases = LeaseSet::new("vm");
+            // Whichever it dials, it comes as local.
+            let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
+            let dialled = dial_cid(cid, &leases, listener.port());
+            let (dialled, accepted) = tokio::join!(dialled, listener.accept());
+            let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+            dialled.io().unwrap().write_all(b"x").await.unwrap();
+            assert_eq!(accepted.io().unwrap().read_u8().await.unwrap(), b'x');
+            for transport in [dialled, accepted] {
+                assert!(transport.close(soon()).await.is_clean());
+            }
+            assert!(listener.close(soon()).await.is_clean());
+        }
     });
 }
 

@@ -30,6 +30,8 @@ mod stream_attach;
 mod stream_exec;
 mod stream_load;
 mod task;
+mod vsock;
+mod vsock_id;
 
 use crate::case::Case;
 
@@ -59,6 +61,8 @@ pub(crate) fn all() -> Vec<Case> {
         event::cases(),
         refusal::cases(),
         confinement::cases(),
+        vsock::cases(),
+        vsock_id::cases(),
         churn::cases(),
         fault::cases(),
         hung::cases(),

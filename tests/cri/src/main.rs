@@ -19,6 +19,7 @@ mod procfs;
 mod runner;
 mod stream;
 mod tally;
+mod vsock_guest;
 
 use std::env;
 use std::io::Write;

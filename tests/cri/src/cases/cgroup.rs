@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Limits of containers, and what happens at them.
+//! Limits of containers, what happens at them, and where a pod's own processes
+//! are.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use podhull_testkit::cri::Container;
 use podhull_testkit::cri::api::{LinuxContainerResources, UpdateContainerResourcesRequest};
 
+use super::fault::killed_pod_is_noticed;
 use crate::case::{cases, same};
 use crate::context::Context;
+use crate::procfs::{Processes, Role, signal};
 
 cases! {
     TWICE_BUT_RUNC_16:
@@ -16,6 +22,8 @@ cases! {
     ALL_TWICE:
         cgroup_limits_are_those_of_the_container,
         cgroup_limits_are_updated_in_place;
+    PODHULL:
+        cgroup_below_a_systemd_slice_holds_the_pod_and_goes_with_it;
     PODHULL_TWICE:
         cgroup_unified_limits_reach_the_guest,
         cgroup_out_of_memory_of_a_child_spares_the_container,
@@ -195,5 +203,105 @@ async fn cgroup_memory_limit_of_the_pod_sizes_the_guest(t: &Context) -> Result<(
         small >= 128 && (small + 300..small + 400).contains(&large),
         "pods with 128 and 512 MiB have guests with {small} and {large} MiB"
     );
+    Ok(())
+}
+
+/// A pod's slice as the kubelet makes it with systemd's cgroup driver, and
+/// those above it.
+const SLICES: [&str; 3] = [
+    "kubepods.slice",
+    "kubepods-besteffort.slice",
+    "kubepods-besteffort-pod4d1b7c8e.slice",
+];
+
+/// These slices, which are the kubelet's to remove.
+struct Slices {
+    roots: Vec<PathBuf>,
+}
+
+impl Slices {
+    fn make() -> Result<Self> {
+        let root = PathBuf::from("/sys/fs/cgroup");
+        if !root.join("cgroup.controllers").exists() {
+            // Version 1: podhull makes what is missing in each hierarchy, since a
+            // cpuset there takes nobody in before it is filled.
+            let roots = fs::read_dir(&root)?.map(|entry| Ok(entry?.path()));
+            let roots = roots.collect::<Result<_>>()?;
+            return Ok(Self { roots });
+        }
+        let made = Self {
+            roots: vec![root.clone()],
+        };
+        let mut folder = root;
+        for name in SLICES {
+            folder.push(name);
+            fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
+            let controllers = fs::read_to_string(folder.join("cgroup.controllers"))?;
+            for controller in controllers.split_whitespace() {
+                fs::write(
+                    folder.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                )
+                .with_context(|| format!("enable {controller} in {name}"))?;
+            }
+        }
+        Ok(made)
+    }
+
+    fn path() -> PathBuf {
+        SLICES.iter().collect()
+    }
+
+    /// Where `path` is a cgroup.
+    fn with(&self, path: &Path) -> Vec<PathBuf> {
+        let folders = self.roots.iter().map(|root| root.join(path));
+        folders.filter(|folder| folder.is_dir()).collect()
+    }
+}
+
+impl Drop for Slices {
+    fn drop(&mut self) {
+        // What stays is the leak oracle's to name.
+        let path = Self::path();
+        for below in path.ancestors().filter(|path| *path != Path::new("")) {
+            for folder in self.with(below) {
+                drop(fs::remove_dir(folder));
+            }
+        }
+    }
+}
+
+async fn cgroup_below_a_systemd_slice_holds_the_pod_and_goes_with_it(t: &Context) -> Result<()> {
+    let slices = Slices::make()?;
+    for killed in [false, true] {
+        let parent = format!("/{}", Slices::path().display());
+        let pod = t
+            .pod("pod")
+            .linux(|linux| linux.cgroup_parent = parent)
+            .run()
+            .await?;
+        let processes = Processes::of(pod.id())?;
+        let scope = Slices::path().join(format!("cri-containerd-{}.scope", pod.id()));
+        for role in [Role::Vmm, Role::FileServer] {
+            let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", processes.pid(role)?))?;
+            let memory = cgroups
+                .lines()
+                .find(|line| line.contains(":memory:") || line.starts_with("0::"))
+                .context("no memory cgroup")?;
+            let path = memory.rsplit(':').next().unwrap_or_default();
+            same!(Path::new(path), Path::new("/").join(&scope), "{role:?}");
+        }
+        ensure!(!slices.with(&scope).is_empty(), "no cgroup {scope:?}");
+        if killed {
+            signal(processes.pid(Role::Shim)?, Signal::SIGKILL)?;
+            processes.gone(Duration::from_secs(10)).await?;
+            killed_pod_is_noticed(&pod).await?;
+        }
+        pod.stop().await?;
+        pod.remove().await?;
+        same!(slices.with(&scope), Vec::<PathBuf>::new(), "{scope:?}");
+        // The pod's slice is not podhull's.
+        ensure!(!slices.with(&Slices::path()).is_empty(), "no slice is left");
+    }
     Ok(())
 }

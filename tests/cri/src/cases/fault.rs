@@ -55,6 +55,19 @@ async fn has_ended(pod: &Pod, container: &Container, processes: &Processes) -> R
     Ok(status.exit_code)
 }
 
+/// containerd has noticed that a pod was killed. Until then its answers
+/// about the pod are errors, to a stop as well.
+pub(super) async fn killed_pod_is_noticed(pod: &Pod) -> Result<()> {
+    let by = Instant::now() + NOTICED_WITHIN;
+    loop {
+        match pod.is_ready().await {
+            Ok(false) => return Ok(()),
+            answer => ensure!(Instant::now() < by, "not noticed: {answer:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 async fn kill_and_watch(t: &Context, role: Role) -> Result<()> {
     let (pod, container) = t.idle().await?;
     let processes = Processes::of(pod.id())?;
