@@ -3,6 +3,7 @@
 #   mutations      breaks the code on purpose, line by line; each time a named case must turn red
 #   reproducible   builds kernel and initramfs a second time; the hashes must be equal
 #   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
+#   kvm-smoke      a few cases of the next one: a stage of `make test`
 #   kvm            the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/setup/lib.sh"
@@ -18,17 +19,25 @@ debian_kernel() {
     exec_exit_codes exec_standard_input exec_timeout exec_terminal attach_reaches fault_killed_vmm
 }
 
+# kvm [--smoke]
+kvm() {
+  local tests
+  make -s tools streams guest shim
+  cargo build --quiet --release --locked -p podhull-cri-tests
+  tests=$(cargo test --quiet --locked --no-run --message-format=json -p podhull-transport --test vsock \
+    | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+  VSOCK_TESTS=$tests tests/kvm/lane.sh "$@"
+}
+
 part() {
   case $1 in
     mutations) make -s tools streams guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/mutations/run.sh ;;
     reproducible) make -s guest && tests/reproducible.sh ;;
     debian-kernel) make -s tools shim && debian_kernel ;;
-    kvm)
-      make -s tools streams guest shim && cargo build --quiet --release -p podhull-cri-tests
-      VSOCK_TESTS=$(cargo test --quiet --no-run --message-format=json -p podhull-transport --test vsock \
-        | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') tests/kvm/lane.sh ;;
+    kvm) kvm ;;
+    kvm-smoke) kvm --smoke ;;
     all) part mutations && part reproducible && part debian-kernel && part kvm ;;
-    *) die "PART=$1: expected mutations, reproducible, debian-kernel, kvm or all" ;;
+    *) die "PART=$1: expected mutations, reproducible, debian-kernel, kvm, kvm-smoke or all" ;;
   esac
 }
 part "$1"

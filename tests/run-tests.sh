@@ -56,3 +56,4 @@ stage demo tests/demo.sh
 stage lint make -s lint
 stage unit make -s test-unit
 stage cri make -s test-cri CONTAINERD=all
+stage kvm tests/run-part.sh kvm-smoke

@@ -8,6 +8,8 @@ talked=' '
 # look PID: notes a VMM once it has opened its devices, and its connection when there is one.
 look() {
   line=$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") || return
+  # Not the guests that cases start without a pod.
+  case $line in *'-name podhull-'*) ;; *) return ;; esac
   shim=$(sed -n 's/^PPid:[^0-9]*//p' "/proc/$1/status" 2>/dev/null) || return
   cid=${line##*guest-cid=}
   cid=${cid%%[!0-9]*}
