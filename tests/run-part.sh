@@ -3,7 +3,8 @@
 #   mutations      breaks the code on purpose, line by line; each time a named case must turn red
 #   reproducible   builds kernel and initramfs a second time; the hashes must be equal
 #   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
-#   kvm-smoke      a few cases of the next one: a stage of `make test`
+#   heavy          cases of the CRI suite that move or do more than usual: 1 GiB, 1,000 execs, a guest frozen for 30 s
+#   kvm-smoke      a few cases of the next part: a stage of `make test`
 #   kvm            the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/setup/lib.sh"
@@ -34,10 +35,14 @@ part() {
     mutations) make -s tools streams guest shim && cargo build --quiet --release -p podhull-cri-tests && tests/mutations/run.sh ;;
     reproducible) make -s guest && tests/reproducible.sh ;;
     debian-kernel) make -s tools shim && debian_kernel ;;
+    heavy)
+      make -s tools streams guest shim && cargo build --quiet --release --locked -p podhull-cri-tests
+      PODHULL_HEAVY=1 "${CARGO_TARGET_DIR:-$CACHE/target}/release/podhull-cri-tests" --containerd 2.4 \
+        --handler podhull-sandbox exec_much_both_ways load_of_hundreds load_on_a_frozen ;;
     kvm) kvm ;;
     kvm-smoke) kvm --smoke ;;
-    all) part mutations && part reproducible && part debian-kernel && part kvm ;;
-    *) die "PART=$1: expected mutations, reproducible, debian-kernel, kvm, kvm-smoke or all" ;;
+    all) part mutations && part reproducible && part debian-kernel && part heavy && part kvm ;;
+    *) die "PART=$1: expected mutations, reproducible, debian-kernel, heavy, kvm, kvm-smoke or all" ;;
   esac
 }
 part "$1"

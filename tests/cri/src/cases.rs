@@ -26,6 +26,7 @@ mod security;
 mod session;
 mod shim;
 mod stats;
+mod stranger;
 mod stream_attach;
 mod stream_exec;
 mod stream_load;
@@ -57,6 +58,7 @@ pub(crate) fn all() -> Vec<Case> {
         stream_exec::cases(),
         stream_attach::cases(),
         port_forward::cases(),
+        stranger::cases(),
         stream_load::cases(),
         event::cases(),
         refusal::cases(),

@@ -22,12 +22,15 @@ cases! {
     ALL_TWICE:
         exec_input_ends_wherever_a_buffer_does,
         exec_fifty_sessions_at_once_all_work,
+        exec_first_bytes_after_a_pause_arrive,
+        exec_under_way_ends_with_its_removed_container,
         exec_slow_stdout_does_not_delay_stderr;
     // runc's shim of 1.6 may cut what comes last.
     TWICE_BUT_RUNC_16:
         exec_end_does_not_cut_the_last_bytes;
     ONCE:
         exec_much_both_ways_at_once_is_whole,
+        exec_in_a_pod_that_rested_works,
         exec_idle_for_half_a_minute_goes_on;
 }
 
@@ -335,5 +338,61 @@ async fn exec_idle_for_half_a_minute_goes_on(t: &Context) -> Result<()> {
     drop(stdin);
     let done = done(spdy).await?;
     same!((done.code, &*done.text()), (0, "before\nafter\n"));
+    Ok(())
+}
+
+/// A connection that nobody used at once was the one that died in the seed.
+async fn exec_first_bytes_after_a_pause_arrive(t: &Context) -> Result<()> {
+    let (_pod, container) = t.idle().await?;
+    for number in 0..10 {
+        let mut session = Session::exec(&container, &["cat"], false).await?;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let line = format!("line {number}\n");
+        session.ask(&line, &line).await?;
+        session.close().await?;
+    }
+    Ok(())
+}
+
+/// The same for the agent's own channel: its first call comes late.
+async fn exec_in_a_pod_that_rested_works(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let container = t.container(&pod, "main").idle().start().await?;
+    same!(container.shell("echo here").await?.text(), "here");
+    Ok(())
+}
+
+async fn exec_under_way_ends_with_its_removed_container(t: &Context) -> Result<()> {
+    const EXECS: usize = 5;
+    let pod = t.ready_pod().await?;
+    let container = t.container(&pod, "main").idle().start().await?;
+    let mut sessions = Vec::new();
+    for _ in 0..EXECS {
+        let mut session = Session::exec(&container, &["sh", "-c", "echo up; cat"], false).await?;
+        session.wrote("up\n").await?;
+        sessions.push(session);
+    }
+    // Others are being started, again and again, until there is no container.
+    let starting = (0..EXECS).map(|_| async {
+        while container.exec(["true"]).await.is_ok() {}
+        anyhow::Ok(())
+    });
+    let begin = Instant::now();
+    let ends = try_join_all(sessions.iter_mut().map(Session::ended));
+    let (removed, started, ended) = tokio::join!(
+        container.remove(),
+        tokio::time::timeout(WITHIN, try_join_all(starting)),
+        tokio::time::timeout(WITHIN, ends),
+    );
+    removed.context("remove a running container")?;
+    started.context("an exec still starts")??;
+    ended.context("an exec goes on")??;
+    let took = begin.elapsed();
+    ensure!(took < WITHIN, "all of it took {took:?}");
+    ensure!(pod.is_ready().await?, "the pod ended with its container");
+    // The pod goes on to serve others.
+    let next = t.container(&pod, "main").attempt(1).idle().start().await?;
+    next.exec(["true"]).await?.success()?;
     Ok(())
 }
