@@ -16,6 +16,9 @@ STORE=$CACHE/kvm
 qemu=$STORE/qemu-${QEMU#*:}
 kernel=$STORE/linux-$KERNEL_PACKAGE
 
+# What a mirror does not give is not podhull's fault: the status says so (EX_TEMPFAIL of sysexits.h).
+unavailable() { printf 'error: %s\n' "$*" >&2; exit 75; }
+
 # download FOLDER PACKAGE=VERSION... : unpacks packages there. They come from sources of our own beside
 # the machine's: its lists, and what it would install, stay as they are.
 download() {
@@ -30,10 +33,10 @@ download() {
   options=(-qq -o APT::Sandbox::User=root -o "Dir::Etc::SourceList=$apt/private.sources" -o Dir::Etc::SourceParts=/dev/null
     -o "Dir::State::Lists=$apt/lists" -o "Dir::Cache=$apt/cache")
   say "fetching $* ($(basename "$folder"))"
-  apt-get "${options[@]}" update || die "apt-get update from a private list failed"
+  apt-get "${options[@]}" update || unavailable "apt-get update from a private list failed"
   rm -rf "$folder.new" && mkdir -p "$folder.new"
   ( cd "$folder.new" && apt-get "${options[@]}" download "$@" ) \
-    || die "apt-get download $* failed: if the mirror has other versions now, change them in tests/kvm/fetch.sh"
+    || unavailable "apt-get download $* failed: if the mirror has other versions now, change them in tests/kvm/fetch.sh"
   for package in "$folder.new"/*.deb; do dpkg -x "$package" "$folder.new"; rm "$package"; done
 }
 
