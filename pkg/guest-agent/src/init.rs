@@ -24,8 +24,6 @@ pub const SHM: &str = "/run/podhull/shm";
 const NEW_ROOT: &str = "/newroot";
 /// Kernel modules in the initramfs.
 const MODULES: &str = "/modules";
-/// The word on the kernel's command line that names the host's port for READY.
-const READY_PORT: &str = "podhull.ready_port=";
 
 fn mounted(
     what: &str,
@@ -137,17 +135,14 @@ pub(crate) fn set_up() -> Result<(), GuestError> {
 pub(crate) fn ready_port() -> Result<VsockPort, GuestError> {
     let path = "/proc/cmdline";
     let line = fs::read_to_string(path).map_err(GuestError::file("read", path))?;
-    parse_ready_port(&line).ok_or_else(|| GuestError::Invalid {
+    VsockPort::ready_on(&line).ok_or_else(|| GuestError::Invalid {
         field: "kernel command line",
-        reason: format!("no {READY_PORT}<port> in {:?}", line.trim_end()),
+        reason: format!(
+            "no {}<port> in {:?}",
+            VsockPort::READY_WORD,
+            line.trim_end()
+        ),
     })
-}
-
-fn parse_ready_port(line: &str) -> Option<VsockPort> {
-    let word = line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(READY_PORT))?;
-    word.parse().ok().map(VsockPort)
 }
 
 /// Says on the console why the guest cannot go on, and ends the VM.
@@ -175,17 +170,4 @@ pub(crate) fn power_off() {
 /// Whether this process is the guest's PID 1.
 pub(crate) fn is_guest() -> bool {
     nix::unistd::getpid().as_raw() == 1 && Path::new("/init").exists()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_ready_port_is_found_among_other_words() {
-        let line = "quiet reboot=t podhull.ready_port=1024 panic=-1\n";
-        assert_eq!(parse_ready_port(line), Some(VsockPort(1024)));
-        assert_eq!(parse_ready_port("quiet podhull.ready_port=x"), None);
-        assert_eq!(parse_ready_port(""), None);
-    }
 }

@@ -104,8 +104,9 @@ impl Machine<'_> {
 
     fn kernel_command_line(&self) -> String {
         let mut line = format!(
-            "console={} quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 dummy.numdummies=0 podhull.ready_port={}",
+            "console={} quiet reboot=t panic=-1 rcupdate.rcu_expedited=1 dummy.numdummies=0 {}{}",
             if self.generic { "ttyS0" } else { "hvc0" },
+            VsockPort::READY_WORD,
             self.ready_port
         );
         // Emulation has no CPU flaws to mitigate, and calibrates slowly.

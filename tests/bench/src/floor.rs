@@ -22,7 +22,7 @@ const BOOT_WITHIN: Duration = Duration::from_secs(120);
 /// What the values of options that have a backend of their own contain.
 const BACKENDS: [&str; 5] = ["vhost-", "socket,", "tap,", "virtio-net", "qmp"];
 /// Of the kernel's words this one tells the agent whom to dial.
-const READY_PORT: &str = "podhull.ready_port=";
+const READY_PORT: &str = podhull_types::VsockPort::READY_WORD;
 
 /// A QEMU command that boots a guest and ends with it.
 #[derive(Debug)]

@@ -12,9 +12,9 @@ use podhull_bench_guest::{RAW, Way, order};
 use podhull_testkit::Node;
 use podhull_testkit::programs::Programs;
 use podhull_transport::{
-    CloseReport, HostSession, SessionTarget, VsockTransport, open_session, welcome,
+    CloseReport, Holder, HolderKind, HostSession, SessionTarget, VsockTransport, open_session,
+    welcome,
 };
-use podhull_transport::{Holder, HolderKind};
 use podhull_types::{ContainerId, Deadline, ProcessRef, Token, VsockPort};
 use podhull_vmm::{
     AccelPolicy, CgroupPlacement, Launched, Vm, VmConfig, launch, probe_acceleration,

@@ -16,7 +16,6 @@ use podhull_types::{Cid, Deadline, Token, VsockPort};
 use tokio::io::AsyncReadExt;
 
 const STEP: Duration = Duration::from_secs(60);
-const READY_PORT: &str = "podhull.ready_port=";
 
 fn main() -> ExitCode {
     if let Err(error) = run() {
@@ -30,11 +29,7 @@ fn run() -> Result<()> {
     let none: Option<&str> = None;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mount /proc")?;
     let words = fs::read_to_string("/proc/cmdline").context("read the command line")?;
-    let port = words
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(READY_PORT))
-        .context("no port for READY")?;
-    let port = VsockPort(port.parse().context("the port for READY")?);
+    let port = VsockPort::ready_on(&words).context("no port for READY")?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
