@@ -13,7 +13,7 @@ use podhull_api::agent;
 use podhull_transport::{GuestSession, StreamReader, StreamWriter};
 use podhull_types::Deadline;
 use rustix::termios::{Winsize, tcsetwinsize};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 use crate::error::GuestError;
 use crate::helper::Streams;
 
-const BUFFER: usize = 64 * 1024;
 /// Time for a session's last frames.
 const CLOSE: Duration = Duration::from_secs(5);
 
@@ -126,6 +125,11 @@ pub(crate) async fn relay(
         () = give_up.cancelled() => {}
     }
     stdin.abort();
+    if let Err(error) = stdin.await
+        && !error.is_cancelled()
+    {
+        tracing::error!(%error, "stdin's relay died");
+    }
     let report = handle.close(Deadline::after(CLOSE)).await;
     if !report.is_clean() {
         tracing::debug!(%report, "session closed");
@@ -136,16 +140,15 @@ pub(crate) async fn relay(
 /// terminal has no such end: only the process can close its side.
 async fn copy_input(mut input: StreamReader, stdin: Option<pipe::Sender>, terminal: bool) {
     let Some(mut stdin) = stdin else { return };
-    let mut buffer = vec![0; BUFFER];
     loop {
-        match input.read(&mut buffer).await {
-            Ok(0) => break,
-            Ok(count) => {
-                if let Err(error) = stdin.write_all(&buffer[..count]).await {
+        match input.chunk().await {
+            Ok(Some(chunk)) => {
+                if let Err(error) = stdin.write_all(&chunk).await {
                     tracing::debug!(%error, "the process reads no more");
                     return;
                 }
             }
+            Ok(None) => break,
             Err(error) => {
                 tracing::debug!(%error, "stdin cut");
                 return;
@@ -161,18 +164,16 @@ async fn copy_input(mut input: StreamReader, stdin: Option<pipe::Sender>, termin
 /// Copies one of the process's outputs to the host, then says its end.
 async fn copy_output(from: Option<impl AsyncRead + Unpin>, mut to: StreamWriter) {
     if let Some(mut from) = from {
-        let mut buffer = vec![0; BUFFER];
         loop {
-            match from.read(&mut buffer).await {
+            match to.send_from(&mut from).await {
                 Ok(0) => break,
-                Ok(count) => {
-                    if let Err(error) = to.write_all(&buffer[..count]).await {
-                        tracing::debug!(%error, "the host reads no more");
-                        return;
-                    }
-                }
+                Ok(_) => {}
                 // How a terminal says that its last user is gone.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => break,
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    tracing::debug!(%error, "the host reads no more");
+                    return;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "output cut");
                     return;

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Buf as _;
 use podhull_telemetry::Metrics;
 use podhull_transport::{CloseReport, HostSession, StreamReader, StreamWriter};
 use podhull_types::{Deadline, ProcessRef};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -17,9 +18,11 @@ use tokio_util::sync::CancellationToken;
 use crate::error::SandboxError;
 use crate::spec::Stdio;
 
-const BUFFER: usize = 64 * 1024;
 /// Time for the last frame of a session whose streams have ended.
 const CLOSE: Duration = Duration::from_secs(2);
+/// Time for relays that were given up: what they wait for is cut, and closing has
+/// its own time.
+const GIVEN_UP: Duration = Duration::from_secs(5);
 
 /// The host's ends of a process's FIFOs.
 #[derive(Debug)]
@@ -151,7 +154,13 @@ impl ProcessIo {
             Ok(done) => done,
             Err(_) => {
                 self.give_up.cancel();
-                (&mut self.relays).await
+                match Deadline::after(GIVEN_UP).run(&mut self.relays).await {
+                    Ok(done) => done,
+                    Err(_) => {
+                        self.relays.abort();
+                        (&mut self.relays).await
+                    }
+                }
             }
         };
         done.unwrap_or_else(|error| {
@@ -198,6 +207,11 @@ async fn relay(
             tracing::warn!(stream, %error, "output cut");
         }
     }
+    // A process that writes no more may still read.
+    tokio::select! {
+        exit = handle.exit() => tracing::debug!(?exit, "the process has ended"),
+        () = give_up.cancelled() => {}
+    }
     stdin.abort();
     // Its FIFO is closed once it has ended.
     if let Err(error) = stdin.await
@@ -213,15 +227,13 @@ async fn relay(
 /// Copies stdin until its FIFO ends or the process reads no more.
 async fn copy_input(fifo: Option<pipe::Receiver>, mut input: StreamWriter) {
     if let Some(mut fifo) = fifo {
-        let mut buffer = vec![0; BUFFER];
         loop {
-            match fifo.read(&mut buffer).await {
+            match input.send_from(&mut fifo).await {
                 Ok(0) => break,
-                Ok(count) => {
-                    if let Err(error) = input.write_all(&buffer[..count]).await {
-                        tracing::debug!(%error, "the process reads no more stdin");
-                        return;
-                    }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    tracing::debug!(%error, "the process reads no more stdin");
+                    return;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "stdin lost");
@@ -236,7 +248,7 @@ async fn copy_input(fifo: Option<pipe::Receiver>, mut input: StreamWriter) {
 }
 
 /// Copies one output stream; without a FIFO its bytes are read and forgotten.
-/// What a FIFO does not take before `give_up` is dropped and counted.
+/// What has arrived and is not delivered before `give_up` is dropped and counted.
 async fn copy_output(
     mut from: StreamReader,
     mut fifo: Option<pipe::Sender>,
@@ -245,28 +257,35 @@ async fn copy_output(
     give_up: &CancellationToken,
 ) -> io::Result<()> {
     let bytes = metrics.session_bytes.with_label_values(&["stdio", stream]);
-    let mut buffer = vec![0; BUFFER];
+    let drop_rest = |rest: usize| {
+        let dropped = metrics.dropped_bytes.with_label_values(&[stream]);
+        dropped.inc_by(rest as u64);
+    };
     loop {
-        let read = give_up.run_until_cancelled(from.read(&mut buffer)).await;
-        let count = read.unwrap_or_else(|| Err(given_up()))?;
-        if count == 0 {
-            return Ok(());
-        }
-        if let Some(fifo) = fifo.as_mut() {
-            let mut rest = &buffer[..count];
-            while !rest.is_empty() {
-                let written = give_up.run_until_cancelled(fifo.write(rest)).await;
-                match written.unwrap_or_else(|| Err(given_up())) {
-                    Ok(written) => rest = &rest[written..],
-                    Err(error) => {
-                        let dropped = metrics.dropped_bytes.with_label_values(&[stream]);
-                        dropped.inc_by(rest.len() as u64);
-                        return Err(error);
-                    }
+        let chunk = give_up.run_until_cancelled(from.chunk()).await;
+        let chunk = match chunk.unwrap_or_else(|| Err(given_up())) {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                drop_rest(from.arrived());
+                return Err(error);
+            }
+        };
+        let count = chunk.len() as u64;
+        let mut rest = chunk;
+        while let Some(fifo) = fifo.as_mut()
+            && !rest.is_empty()
+        {
+            let written = give_up.run_until_cancelled(fifo.write(&rest)).await;
+            match written.unwrap_or_else(|| Err(given_up())) {
+                Ok(written) => rest.advance(written),
+                Err(error) => {
+                    drop_rest(rest.len() + from.arrived());
+                    return Err(error);
                 }
             }
         }
-        bytes.inc_by(count as u64);
+        bytes.inc_by(count);
     }
 }
 

@@ -117,10 +117,27 @@ pub async fn dial_host(
 }
 
 async fn connect_vsock(cid: Cid, port: VsockPort) -> Result<OwnedFd, TransportError> {
-    VsockStream::connect(VsockAddr::new(cid.0, port.0))
+    patiently(|| VsockStream::connect(VsockAddr::new(cid.0, port.0)))
         .await
         .map(OwnedFd::from)
         .map_err(|source| TransportError::Dial { port, source })
+}
+
+/// Connects, however long the guest takes: the kernel gives up after 2 s
+/// (vsock(7), SO_VM_SOCKETS_CONNECT_TIMEOUT), and a guest that was paused for
+/// longer is still there. The caller's deadline ends it.
+async fn patiently<T, F>(connect: impl Fn() -> F) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
+    loop {
+        match connect().await {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                tracing::debug!("the guest does not answer yet");
+            }
+            result => return result,
+        }
+    }
 }
 
 async fn ask_hybrid(mut stream: UnixStream, port: VsockPort) -> Result<OwnedFd, TransportError> {
@@ -204,6 +221,27 @@ mod tests {
         assert!(
             matches!(error, TransportError::Refused { answer, .. } if answer.len() == MAX_ANSWER)
         );
+    }
+
+    #[tokio::test]
+    async fn l5_a_guest_that_is_slow_to_answer_is_waited_for() {
+        let asked = std::cell::Cell::new(0);
+        let connect = async || {
+            asked.set(asked.get() + 1);
+            match asked.get() {
+                1 | 2 => Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)),
+                _ => Ok(()),
+            }
+        };
+        patiently(connect).await.unwrap();
+        assert_eq!(asked.get(), 3);
+    }
+
+    #[tokio::test]
+    async fn l5_a_guest_that_is_gone_is_not_waited_for() {
+        let gone = async || Err::<(), _>(io::Error::from_raw_os_error(libc::ECONNRESET));
+        let error = patiently(gone).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
 
     #[tokio::test]

@@ -107,6 +107,9 @@ pub struct VsockTransport {
     // `None` once closed.
     conn: Option<Conn<Socket>>,
     peer: Peer,
+    /// Whoever prepares it may be cancelled, its view with it: to drop it then
+    /// is no mistake.
+    preparing: bool,
 }
 
 impl VsockTransport {
@@ -127,6 +130,7 @@ impl VsockTransport {
         Ok(Self {
             conn: Some(Conn::new(Socket(socket), lease)),
             peer,
+            preparing: false,
         })
     }
 
@@ -134,6 +138,10 @@ impl VsockTransport {
         self.conn
             .as_ref()
             .ok_or(TransportError::NotUsable { state: "closed" })
+    }
+
+    pub(crate) fn set_preparing(&mut self, preparing: bool) {
+        self.preparing = preparing;
     }
 
     /// The other end.
@@ -199,6 +207,9 @@ impl Drop for VsockTransport {
     fn drop(&mut self) {
         if let Some(conn) = self.conn.take() {
             conn.begin_close();
+            if self.preparing {
+                return;
+            }
             metrics::DROPPED_UNCLOSED.inc();
             tracing::warn!(peer = %self.peer, "transport dropped without close");
         }

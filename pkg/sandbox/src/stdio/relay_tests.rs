@@ -8,6 +8,7 @@ use podhull_transport::{
     receive_session,
 };
 use podhull_types::{ContainerId, ExecId, Token, VsockPort};
+use tokio::io::AsyncReadExt;
 
 use super::*;
 
@@ -19,6 +20,7 @@ struct Exec {
     folder: tempfile::TempDir,
     io: ProcessIo,
     guest: GuestSession,
+    metrics: Metrics,
 }
 
 impl Exec {
@@ -53,8 +55,14 @@ impl Exec {
             incoming.accept(soon()).await.unwrap()
         };
         let (host, guest) = tokio::join!(open_session(host, &token, &target, soon()), receive);
-        let io = ProcessIo::start(fifos, host.unwrap(), &Metrics::new().unwrap());
-        Self { folder, io, guest }
+        let metrics = Metrics::new().unwrap();
+        let io = ProcessIo::start(fifos, host.unwrap(), &metrics);
+        Self {
+            folder,
+            io,
+            guest,
+            metrics,
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -122,4 +130,57 @@ async fn stdin_of_a_multiple_of_32_kib_ends() {
         let (report, closed) = tokio::join!(exec.io.finish(soon()), guest.handle.close(soon()));
         assert!(report.complete && closed.is_clean(), "{report:?}, {closed}");
     }
+}
+
+/// What writes no more may still read: `exec >/dev/null 2>&1; cat >file`.
+#[tokio::test]
+async fn stdin_outlives_outputs_that_ended() {
+    let exec = Exec::with(true, true).await;
+    let mut stdout = pipe::OpenOptions::new()
+        .open_receiver(exec.path("stdout"))
+        .unwrap();
+    let mut client = pipe::OpenOptions::new()
+        .open_sender(exec.path("stdin"))
+        .unwrap();
+    let mut guest = exec.guest;
+    guest.output.shutdown().await.unwrap();
+    guest.error.shutdown().await.unwrap();
+    let ended = soon().run(stdout.read(&mut [0])).await;
+    assert_eq!(ended.expect("stdout's end is passed on").unwrap(), 0);
+    client.write_all(b"late").await.unwrap();
+    drop(client);
+    let mut received = Vec::new();
+    guest.input.read_to_end(&mut received).await.unwrap();
+    assert_eq!(received, b"late");
+    guest.handle.send_exit(0);
+    let (report, closed) = tokio::join!(exec.io.finish(soon()), guest.handle.close(soon()));
+    assert!(report.complete && closed.is_clean(), "{report:?}, {closed}");
+}
+
+/// What stands before a reader that does not read is dropped at the deadline,
+/// and counted to the byte.
+#[tokio::test]
+async fn dropped_output_is_counted_whole() {
+    let exec = Exec::with(false, true).await;
+    let mut silent_reader = pipe::OpenOptions::new()
+        .open_receiver(exec.path("stdout"))
+        .unwrap();
+    let mut guest = exec.guest;
+    let sent = 200_000;
+    guest.output.write_all(&pattern(sent)).await.unwrap();
+    guest.output.shutdown().await.unwrap();
+    guest.error.shutdown().await.unwrap();
+    guest.handle.send_exit(0);
+    let close = guest.handle.close(soon());
+    let finish = exec.io.finish(Deadline::after(Duration::from_millis(500)));
+    let (report, _) = tokio::join!(finish, close);
+    assert!(!report.complete);
+    let dropped = exec.metrics.dropped_bytes.with_label_values(&["stdout"]);
+    let mut delivered = Vec::new();
+    silent_reader.read_to_end(&mut delivered).await.unwrap();
+    assert_eq!(dropped.get() + delivered.len() as u64, sent as u64);
+    assert!(
+        dropped.get() > 100_000,
+        "most of it did not fit into a FIFO"
+    );
 }

@@ -19,7 +19,6 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.large.iter().map(Bytes::len).sum::<usize>() + self.small.len()
     }
@@ -33,6 +32,12 @@ impl Buffer {
             self.large.push_back(self.small.split().freeze());
         }
         self.large.push_back(bytes);
+    }
+
+    /// Takes the next piece as it is; `None` if nothing is there.
+    pub(crate) fn pop(&mut self) -> Option<Bytes> {
+        let small = || (!self.small.is_empty()).then(|| self.small.split().freeze());
+        self.large.pop_front().or_else(small)
     }
 
     /// Moves as much as there is room for; gives how much that was.
@@ -91,6 +96,23 @@ mod tests {
         }
         assert_eq!(received, sent);
         assert_eq!(buffer.len(), 0);
+    }
+
+    #[test]
+    fn pieces_come_in_order_and_are_not_copied() {
+        let mut buffer = Buffer::default();
+        let large = Bytes::from(vec![1; WORTH_KEEPING]);
+        for bytes in [
+            Bytes::from_static(b"a"),
+            large.clone(),
+            Bytes::from_static(b"b"),
+        ] {
+            buffer.push(bytes);
+        }
+        assert_eq!(buffer.pop().unwrap(), "a");
+        assert_eq!(buffer.pop().unwrap().as_ptr(), large.as_ptr());
+        assert_eq!(buffer.pop().unwrap(), "b");
+        assert_eq!((buffer.pop(), buffer.len()), (None, 0));
     }
 
     /// One byte of each of many receive buffers must not keep those.

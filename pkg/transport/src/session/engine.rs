@@ -50,11 +50,14 @@ pub(super) async fn read_frames(
 }
 
 /// Writes frames until CLOSE is written or the session has ended.
+///
+/// A peer that takes no more may have sent before: only the reader ends the
+/// session, once it has seen all of that.
 pub(super) async fn write_frames(mut io: impl AsyncWrite + Unpin, shared: Arc<Shared>) {
     while let Some(frame) = poll_fn(|cx| shared.poll_frame(cx)).await {
         if let Err(error) = io.write_all(&frame).await {
-            let end = End::Failed(SessionError::Lost(error.to_string()));
-            shared.lock().finish(end);
+            tracing::debug!(%error, "the peer takes no more frames");
+            shared.lock().stop_writing();
             return;
         }
     }
@@ -71,6 +74,7 @@ mod tests {
 
     use super::super::frame::{MAX_DATA, Stream, WINDOW};
     use super::super::state::Side;
+    use super::super::stream::{StreamReader, StreamWriter};
     use super::*;
 
     /// A peer that sends `bytes` again and again, and notes how much room it
@@ -114,6 +118,29 @@ mod tests {
         read_frames(io, BytesMut::new(), Arc::clone(&shared)).await;
         let end = shared.lock().end.clone();
         (most, end.unwrap())
+    }
+
+    /// The peer has sent its last words and hung up: writing fails, reading does not.
+    #[tokio::test]
+    async fn what_arrived_before_a_write_failed_is_read() {
+        let shared = Shared::new(Side::Host);
+        let mut output = StreamReader::new(&shared, Stream::Output);
+        let mut input = StreamWriter::new(&shared, Stream::Input);
+        input.write_all(b"x").await.unwrap();
+        let (peer, io) = tokio::io::duplex(1);
+        drop(peer);
+        write_frames(io, Arc::clone(&shared)).await;
+        let refused = input.write_all(b"y").await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::BrokenPipe);
+
+        let mut words = Frame::data(Stream::Output, b"last words").to_vec();
+        words.extend_from_slice(&Frame::Eof(Stream::Output).encode());
+        read_frames(&words[..], BytesMut::new(), Arc::clone(&shared)).await;
+        let mut read = String::new();
+        output.read_to_string(&mut read).await.unwrap();
+        assert_eq!(read, "last words");
+        let end = shared.lock().end.clone().unwrap();
+        assert!(end.error().to_string().contains("ended without CLOSE"));
     }
 
     #[tokio::test]

@@ -155,12 +155,43 @@ impl Frame {
 
 fn encode(kind: u8, stream: u8, payload: &[u8]) -> Bytes {
     let mut frame = BytesMut::with_capacity(HEADER + payload.len());
-    frame.put_u8(kind);
-    frame.put_u8(stream);
-    frame.put_u16(0);
-    frame.put_u32_le(u32::try_from(payload.len()).unwrap_or(u32::MAX));
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    frame.put_slice(&header(kind, stream, length));
     frame.put_slice(payload);
     frame.freeze()
+}
+
+/// A DATA frame whose payload is received straight into it.
+#[derive(Debug)]
+pub(crate) struct Unsealed(BytesMut);
+
+impl Unsealed {
+    /// With room for `room` bytes, at most [`MAX_DATA`], in `space` if that has it.
+    pub(crate) fn with_room(space: &mut BytesMut, room: usize) -> Self {
+        space.clear();
+        space.reserve(HEADER + room);
+        space.put_bytes(0, HEADER);
+        Self(std::mem::take(space))
+    }
+
+    /// Where the payload goes.
+    pub(crate) fn payload(&mut self) -> &mut BytesMut {
+        &mut self.0
+    }
+
+    /// The frame's bytes; `space` gets back what they do not need.
+    pub(crate) fn seal(mut self, stream: Stream, space: &mut BytesMut) -> Bytes {
+        let length = u32::try_from(self.0.len() - HEADER).unwrap_or(u32::MAX);
+        (&mut self.0[..HEADER]).put_slice(&header(DATA, stream as u8, length));
+        let frame = self.0.split().freeze();
+        *space = self.0;
+        frame
+    }
+}
+
+fn header(kind: u8, stream: u8, length: u32) -> [u8; HEADER] {
+    let [a, b, c, d] = length.to_le_bytes();
+    [kind, stream, 0, 0, a, b, c, d]
 }
 
 /// Most payload that a frame of `kind` may have.

@@ -126,17 +126,19 @@ fn unusable(error: &TransportError) -> SessionError {
     SessionError::Lost(error.to_string())
 }
 
-/// Opens a session as the host. The transport is closed if it fails.
+/// Opens a session as the host. The transport is closed if it fails, or is
+/// cancelled.
 ///
 /// # Errors
 /// [`SessionError::Refused`] with the guest's words, or why it could not answer.
 pub async fn open_session(
-    transport: VsockTransport,
+    mut transport: VsockTransport,
     token: &Token,
     target: &SessionTarget,
     by: Deadline,
 ) -> Result<HostSession, SessionError> {
     transport.rename_holder(Holder::new(HolderKind::Session, target.to_string()));
+    transport.set_preparing(true);
     let greeting = async {
         let mut io = transport.io().map_err(|error| unusable(&error))?;
         let hello = Frame::Hello(encode_hello(token, target)).encode();
@@ -152,6 +154,7 @@ pub async fn open_session(
         .run(greeting)
         .await
         .unwrap_or(Err(SessionError::Deadline("open the session")));
+    transport.set_preparing(false);
     match greeted {
         Ok((io, buffer)) => {
             let shared = Shared::new(Side::Host);

@@ -13,13 +13,12 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use podhull_types::Deadline;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{GuestSession, HostSession, StreamReader, StreamWriter};
 use crate::report::CloseReport;
 
-const BUFFER: usize = 64 * 1024;
 /// Time for a session's last frames once its streams have ended.
 const CLOSE: Duration = Duration::from_secs(2);
 
@@ -115,14 +114,14 @@ async fn relay(
         let (from_local, to_local) = local.split();
         // Kept to the end of both: a stream that is dropped early is cut, and
         // the peer would cut the other direction with it.
-        let mut there = pin!(copy(from_local, to_peer, &sent));
+        let mut there = pin!(send(from_local, to_peer, &sent));
         let there = async {
             tokio::select! {
                 result = &mut there => result,
                 () = unserved => Ok(()),
             }
         };
-        let both = async { tokio::try_join!(there, copy(from_peer, to_local, &received)) };
+        let both = async { tokio::try_join!(there, deliver(from_peer, to_local, &received)) };
         tokio::select! {
             result = both => result.map(drop),
             () = give_up => Err(io::Error::new(io::ErrorKind::TimedOut, "given up")),
@@ -140,20 +139,31 @@ async fn relay(
     }
 }
 
-/// Copies until the end and passes that on. Both ends are dropped with it, so a
-/// stream that was not copied whole is seen to be cut.
-async fn copy(
+/// Sends what comes from the local side until its end, and passes that on. Both
+/// ends are dropped with it, so a stream that was not copied whole is seen to be
+/// cut.
+async fn send(
     mut from: impl AsyncRead + Unpin,
+    mut to: StreamWriter,
+    copied: &AtomicU64,
+) -> io::Result<()> {
+    loop {
+        match to.send_from(&mut from).await? {
+            0 => return to.shutdown().await,
+            count => copied.fetch_add(count as u64, Ordering::Relaxed),
+        };
+    }
+}
+
+/// The other direction.
+async fn deliver(
+    mut from: StreamReader,
     mut to: impl AsyncWrite + Unpin,
     copied: &AtomicU64,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let count = from.read(&mut buffer).await?;
-        if count == 0 {
-            return to.shutdown().await;
-        }
-        to.write_all(&buffer[..count]).await?;
-        copied.fetch_add(count as u64, Ordering::Relaxed);
+    while let Some(chunk) = from.chunk().await? {
+        to.write_all(&chunk).await?;
+        copied.fetch_add(chunk.len() as u64, Ordering::Relaxed);
     }
+    to.shutdown().await
 }

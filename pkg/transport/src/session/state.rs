@@ -54,6 +54,14 @@ pub(crate) struct Outgoing {
     pub(crate) waker: Option<Waker>,
 }
 
+impl Outgoing {
+    fn stop(&mut self) {
+        self.stopped = true;
+        self.queue.clear();
+        wake(&mut self.waker);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Incoming {
     pub(crate) buffer: Buffer,
@@ -166,6 +174,13 @@ impl State {
         {
             outgoing.ending = ending;
             self.wake_writer();
+        }
+    }
+
+    /// Fails what is written from now on: the peer takes nothing any more.
+    pub(crate) fn stop_writing(&mut self) {
+        for outgoing in self.outgoing.iter_mut().flatten() {
+            outgoing.stop();
         }
     }
 
@@ -287,9 +302,7 @@ impl State {
                 let outgoing = self
                     .outgoing(stream)
                     .ok_or(ProtocolError::UnknownStream(stream as u8))?;
-                outgoing.stopped = true;
-                outgoing.queue.clear();
-                wake(&mut outgoing.waker);
+                outgoing.stop();
             }
             Frame::Exit(code) => {
                 let may_come = self.side == Side::Host && self.exit.is_none();

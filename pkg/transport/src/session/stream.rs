@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What users of a session read and write.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
-use super::frame::{Frame, MAX_DATA, Stream};
+use super::buffer::Buffer;
+use super::frame::{Frame, MAX_DATA, Stream, Unsealed};
 use super::state::{End, Ending, Shared};
 use crate::sync::Arc;
 
@@ -23,6 +26,8 @@ const QUEUE: usize = 4;
 pub struct StreamWriter {
     shared: Arc<Shared>,
     stream: Stream,
+    /// What the last frame left of its allocation.
+    space: BytesMut,
 }
 
 impl StreamWriter {
@@ -30,20 +35,16 @@ impl StreamWriter {
         Self {
             shared: Arc::clone(shared),
             stream,
+            space: BytesMut::new(),
         }
     }
 
     fn end(&self, ending: Ending) {
         self.shared.lock().end_writing(self.stream, ending);
     }
-}
 
-impl AsyncWrite for StreamWriter {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    /// How many bytes may be written now, at most a frame's.
+    fn poll_room(&self, cx: &Context<'_>) -> Poll<io::Result<usize>> {
         let mut state = self.shared.lock();
         if let Some(end) = &state.end {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, end.error())));
@@ -58,13 +59,51 @@ impl AsyncWrite for StreamWriter {
             outgoing.waker = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let count = buf.len().min(MAX_DATA).min(outgoing.credit);
-        if count > 0 {
-            outgoing
-                .queue
-                .push_back(Frame::data(self.stream, &buf[..count]));
+        Poll::Ready(Ok(outgoing.credit.min(MAX_DATA)))
+    }
+
+    /// Queues a frame with `count` bytes, for which there was room; nobody else
+    /// can have taken that, but the peer may have stopped reading.
+    fn queue(&self, frame: Bytes, count: usize) {
+        let mut state = self.shared.lock();
+        if let Some(outgoing) = state.outgoing(self.stream)
+            && !outgoing.stopped
+        {
+            outgoing.queue.push_back(frame);
             outgoing.credit -= count;
             state.wake_writer();
+        }
+    }
+
+    /// Reads from `from` once, straight into a frame, and sends that; gives how
+    /// much it was, 0 at the end of `from`. Nothing is read before the receiver
+    /// has given credit for it. Cancel safe.
+    ///
+    /// # Errors
+    /// Those of `from`; [`io::ErrorKind::BrokenPipe`] once the receiver takes no
+    /// more.
+    pub async fn send_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+        let room = poll_fn(|cx| self.poll_room(cx)).await?;
+        let mut frame = Unsealed::with_room(&mut self.space, room);
+        let count = from.read_buf(&mut frame.payload().limit(room)).await?;
+        let frame = frame.seal(self.stream, &mut self.space);
+        if count > 0 {
+            self.queue(frame, count);
+        }
+        Ok(count)
+    }
+}
+
+impl AsyncWrite for StreamWriter {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let room = ready!(self.poll_room(cx))?;
+        let count = buf.len().min(room);
+        if count > 0 {
+            self.queue(Frame::data(self.stream, &buf[..count]), count);
         }
         Poll::Ready(Ok(count))
     }
@@ -114,26 +153,50 @@ impl StreamReader {
             stream,
         }
     }
-}
 
-impl AsyncRead for StreamReader {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    /// The next piece of what has arrived, as it is; `None` after the sender's
+    /// EOF. Cancel safe.
+    ///
+    /// # Errors
+    /// As reading: if the stream was cut, or the session ended without EOF.
+    pub async fn chunk(&mut self) -> io::Result<Option<Bytes>> {
+        poll_fn(|cx| {
+            self.poll_take(cx, |buffer| {
+                let piece = buffer.pop()?;
+                let count = piece.len();
+                Some((piece, count))
+            })
+        })
+        .await
+    }
+
+    /// How many bytes have arrived and were not read yet.
+    #[must_use]
+    pub fn arrived(&self) -> usize {
+        let mut state = self.shared.lock();
+        state
+            .incoming(self.stream)
+            .map_or(0, |incoming| incoming.buffer.len())
+    }
+
+    /// What `take` finds, with how many bytes it took, or how the stream ended;
+    /// `None` after EOF.
+    fn poll_take<T>(
+        &self,
+        cx: &Context<'_>,
+        take: impl FnOnce(&mut Buffer) -> Option<(T, usize)>,
+    ) -> Poll<io::Result<Option<T>>> {
         let mut state = self.shared.lock();
         let ended = state.end.as_ref().map(End::error);
         let Some(incoming) = state.incoming(self.stream) else {
             return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
         };
-        let count = incoming.buffer.read(buf);
-        if count > 0 {
+        if let Some((taken, count)) = take(&mut incoming.buffer) {
             state.return_credit(self.stream, count);
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(Some(taken)));
         }
-        if incoming.eof || buf.remaining() == 0 {
-            return Poll::Ready(Ok(()));
+        if incoming.eof {
+            return Poll::Ready(Ok(None));
         }
         if incoming.aborted {
             let cut = io::Error::new(io::ErrorKind::ConnectionAborted, "the sender is gone");
@@ -144,6 +207,23 @@ impl AsyncRead for StreamReader {
         }
         incoming.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+}
+
+impl AsyncRead for StreamReader {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if buf.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let taken = ready!(self.poll_take(cx, |buffer| {
+            let count = buffer.read(buf);
+            (count > 0).then_some(((), count))
+        }));
+        Poll::Ready(taken.map(|_| ()))
     }
 }
 
