@@ -3,11 +3,12 @@
 //! agent, connect the process's session, relay, wait, release.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use oci_spec::runtime::Process as ProcessSpec;
 use podhull_api::agent;
 use podhull_transport::{HolderKind, HostSession, SessionTarget, open_session};
-use podhull_types::{ProcessRef, VsockPort};
+use podhull_types::{Deadline, ProcessRef, VsockPort};
 
 use crate::error::SandboxError;
 use crate::process::Process;
@@ -100,11 +101,20 @@ impl Sandbox {
         let session = self
             .dial_session(&SessionTarget::Process(process.id.clone()))
             .await?;
-        process.attach_io(ProcessIo::start(fifos, session, &self.runtime.metrics));
-        Ok(())
+        let io = ProcessIo::start(fifos, session, &self.runtime.metrics);
+        match process.attach_io(io) {
+            Ok(()) => Ok(()),
+            // It was deleted, or the pod's teardown has been here.
+            Err(late) => {
+                let report = late.finish(Deadline::after(Duration::ZERO)).await;
+                tracing::debug!(process = %process.id, ?report, "its streams came too late");
+                Err(self.stopping())
+            }
+        }
     }
 
-    /// One connection to the guest for one session.
+    /// One connection to the guest for one session. A teardown has closed the
+    /// set of leases, so none begins once it has.
     pub(crate) async fn dial_session(
         &self,
         target: &SessionTarget,
@@ -210,7 +220,7 @@ impl Sandbox {
     /// Stops the pod without making the caller wait for it.
     pub(crate) fn stop_in_background(self: &Arc<Self>) {
         let sandbox = Arc::clone(self);
-        let by = podhull_types::Deadline::after(self.runtime.config.stop_timeout());
+        let by = Deadline::after(self.runtime.config.stop_timeout());
         self.tasks.spawn(async move {
             let report = sandbox.stop(by).await;
             tracing::info!(sandbox = %sandbox.spec.id, %report, "sandbox stopped");

@@ -24,6 +24,15 @@ struct Life {
     reported: bool,
 }
 
+/// The relays of a process's streams.
+#[derive(Debug)]
+enum Io {
+    None,
+    Relayed(ProcessIo),
+    /// Somebody ends them, or has.
+    Taken,
+}
+
 /// One process: a container's init, an added one, or the pause task, which has
 /// no process in the guest.
 #[derive(Debug)]
@@ -33,7 +42,7 @@ pub(crate) struct Process {
     pub(crate) stdio: Stdio,
     pub(crate) pause: bool,
     life: watch::Sender<Life>,
-    io: Mutex<Option<ProcessIo>>,
+    io: Mutex<Io>,
     events: EventSink,
     /// When an OOM kill was told last.
     oom_told: Mutex<Option<Instant>>,
@@ -71,7 +80,7 @@ impl Process {
             stdio,
             pause,
             life,
-            io: Mutex::new(None),
+            io: Mutex::new(Io::None),
             events,
             oom_told: Mutex::new(None),
             claimed: AtomicBool::new(false),
@@ -181,20 +190,31 @@ impl Process {
         ended.ok().flatten().unwrap_or_else(ExitStatus::vm_gone)
     }
 
-    fn io(&self) -> MutexGuard<'_, Option<ProcessIo>> {
+    fn io(&self) -> MutexGuard<'_, Io> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn attach_io(&self, io: ProcessIo) {
-        *self.io() = Some(io);
+    /// Gives its streams' relays to it, or back to the caller if it is not to
+    /// have any more.
+    pub(crate) fn attach_io(&self, io: ProcessIo) -> Result<(), ProcessIo> {
+        let mut slot = self.io();
+        if matches!(*slot, Io::Taken) {
+            return Err(io);
+        }
+        *slot = Io::Relayed(io);
+        Ok(())
     }
 
+    /// Its streams' relays, to be ended; there will be no others.
     pub(crate) fn take_io(&self) -> Option<ProcessIo> {
-        self.io().take()
+        match std::mem::replace(&mut *self.io(), Io::Taken) {
+            Io::Relayed(io) => Some(io),
+            Io::None | Io::Taken => None,
+        }
     }
 
     pub(crate) fn close_stdin(&self) {
-        if let Some(io) = self.io().as_ref() {
+        if let Io::Relayed(io) = &*self.io() {
             io.close_stdin();
         }
     }

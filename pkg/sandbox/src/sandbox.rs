@@ -336,7 +336,7 @@ impl Sandbox {
             })
     }
 
-    fn stopping(&self) -> SandboxError {
+    pub(crate) fn stopping(&self) -> SandboxError {
         SandboxError::Stopping(self.spec.id.clone())
     }
 

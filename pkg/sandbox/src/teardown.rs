@@ -25,6 +25,8 @@ use crate::spec::Status;
 
 /// Most time for killing what runs and delivering its output.
 const DRAIN: Duration = Duration::from_secs(8);
+/// Time for what was cut to close its connection.
+const CUT: Duration = Duration::from_secs(5);
 /// Most time for the agent's own shutdown: it syncs and unmounts.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 /// Most time for gRPC's end.
@@ -77,6 +79,8 @@ pub(crate) async fn stop(sandbox: &Arc<Sandbox>, by: Deadline) -> CloseReport {
         };
         return CloseReport::of("stop", outcome);
     };
+    // Whoever passed the check before the phase changed gets no connection now.
+    sandbox.leases.close();
     let mut ending = Ending {
         sandbox,
         phase: Phase::Broken,
@@ -192,7 +196,13 @@ async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> usize {
     }
     let left = sandbox.forwards.len();
     sandbox.cut_forwards.cancel();
-    sandbox.forwards.wait().await;
+    if Deadline::after(CUT)
+        .run(sandbox.forwards.wait())
+        .await
+        .is_err()
+    {
+        tracing::error!(sandbox = %sandbox.spec.id, "forwarded connections do not end");
+    }
     left
 }
 

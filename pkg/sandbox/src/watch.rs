@@ -2,23 +2,20 @@
 //! What a running sandbox listens to: the agent's events, its heartbeat, and
 //! the death of its VM.
 
+mod events;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use podhull_agent_client::{AgentError, Client};
-use podhull_api::agent::{self, event};
-use podhull_types::{ContainerId, Deadline, ExecId, ExitStatus, ProcessRef};
+use podhull_agent_client::Client;
+use podhull_api::agent;
+use podhull_types::{Deadline, ExitStatus};
 use podhull_vmm::Vm;
 use tokio::time::Instant;
-use tonic::Streaming;
 
-use crate::error::SandboxError;
 use crate::sandbox::Sandbox;
 use crate::spec::SandboxEvent;
-
-/// How long after the event stream's end the VM's own end may be noticed.
-const DEATH_FOLLOWS: Duration = Duration::from_secs(5);
 
 /// Starts the watchers. They hold the sandbox weakly, so that it can be dropped.
 pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
@@ -29,7 +26,7 @@ pub(crate) async fn start(sandbox: &Arc<Sandbox>) {
     let seen = Arc::new(AtomicU64::new(0));
     spawn(
         sandbox,
-        watch_events(Arc::downgrade(sandbox), Arc::clone(&seen)),
+        events::watch(Arc::downgrade(sandbox), Arc::clone(&seen)),
     );
     spawn(sandbox, watch_heartbeat(Arc::downgrade(sandbox), seen));
 }
@@ -90,124 +87,6 @@ fn bury(sandbox: &Arc<Sandbox>, reason: String) {
     }
     sandbox.events.send(SandboxEvent::Died { reason });
     sandbox.stop_in_background();
-}
-
-async fn watch_events(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
-    let error = loop {
-        let stream = match sandbox.upgrade() {
-            Some(sandbox) => subscribe(&sandbox, seen.load(Ordering::Acquire)).await,
-            None => return,
-        };
-        match stream {
-            Ok(stream) => match follow(&sandbox, stream, &seen).await {
-                Ok(()) => {}
-                Err(error) => break error.to_string(),
-            },
-            Err(error) => break error.to_string(),
-        }
-    };
-    // The connection is lost. The VM's end says more if it comes now.
-    tokio::time::sleep(DEATH_FOLLOWS).await;
-    if let Some(sandbox) = sandbox.upgrade() {
-        declare_dead(
-            &sandbox,
-            format!("the connection to the agent was lost: {error}"),
-        );
-    }
-}
-
-async fn subscribe(
-    sandbox: &Sandbox,
-    after_sequence: u64,
-) -> Result<Streaming<agent::Event>, SandboxError> {
-    let mut client = {
-        let channel = sandbox.channel.read().await;
-        let Some(channel) = channel.as_ref() else {
-            return Err(SandboxError::Stopping(sandbox.spec.id.clone()));
-        };
-        channel.client()?
-    };
-    let request = agent::EventsRequest { after_sequence };
-    let stream = sandbox.call_deadline().run(client.events(request)).await;
-    match stream {
-        Ok(Ok(stream)) => Ok(stream.into_inner()),
-        Ok(Err(_)) => Err(AgentError::VmGone { method: "Events" }.into()),
-        Err(_) => Err(AgentError::Deadline { method: "Events" }.into()),
-    }
-}
-
-/// Handles events until the stream ends.
-async fn follow(
-    sandbox: &Weak<Sandbox>,
-    mut stream: Streaming<agent::Event>,
-    seen: &AtomicU64,
-) -> Result<(), AgentError> {
-    const METHOD: &str = "Events";
-    let failed = |status| AgentError::from_status(METHOD, &status);
-    while let Some(event) = stream.message().await.map_err(failed)? {
-        let Some(sandbox) = sandbox.upgrade() else {
-            return Ok(());
-        };
-        let before = seen.load(Ordering::Acquire);
-        if event.sequence <= before {
-            continue;
-        }
-        if event.sequence - before != 1 {
-            let got = event.sequence;
-            tracing::error!(before, got, "events of the guest were lost");
-        }
-        if let Some(kind) = event.kind {
-            handle(&sandbox, kind);
-        }
-        seen.store(event.sequence, Ordering::Release);
-    }
-    Err(AgentError::VmGone { method: METHOD })
-}
-
-fn handle(sandbox: &Sandbox, kind: event::Kind) {
-    match kind {
-        event::Kind::Exited(exited) => {
-            let Some(process) = process_of(&exited.container_id, &exited.exec_id) else {
-                tracing::warn!(container = %exited.container_id, "exit of a malformed id");
-                return;
-            };
-            let exit = exited.exit.unwrap_or_default();
-            match sandbox.process(&process) {
-                Ok(process) => process.exited(status(&exit)),
-                // Deleted before it was told.
-                Err(error) => tracing::debug!(%error, "exit of a process that is forgotten"),
-            }
-        }
-        event::Kind::Oom(oom) => match ContainerId::new(oom.container_id) {
-            Ok(container) => {
-                // Only of this pod, and only as often as somebody can read it: the
-                // guest is not to be trusted.
-                let process = sandbox.process(&ProcessRef::init(container.clone()));
-                if process.is_ok_and(|process| process.may_tell_oom()) {
-                    sandbox.events.send(SandboxEvent::OutOfMemory { container });
-                }
-            }
-            Err(error) => tracing::warn!(%error, "OOM of a malformed id"),
-        },
-    }
-}
-
-fn process_of(container: &str, exec: &str) -> Option<ProcessRef> {
-    let container = ContainerId::new(container).ok()?;
-    let exec = if exec.is_empty() {
-        None
-    } else {
-        Some(ExecId::new(exec).ok()?)
-    };
-    Some(ProcessRef { container, exec })
-}
-
-/// The guest's word on an exit. Its clock may be wrong, so the host's counts.
-fn status(exit: &agent::Exit) -> ExitStatus {
-    ExitStatus {
-        code: u8::try_from(exit.code).unwrap_or(u8::MAX),
-        at: SystemTime::now(),
-    }
 }
 
 async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {

@@ -4,9 +4,11 @@
 use std::os::unix::net::UnixListener;
 
 use podhull_transport::SessionTarget;
+use podhull_types::{ContainerId, ProcessRef};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::error::SandboxError;
 use crate::fixture::{self, Stop};
 use crate::spec::Stdio;
 
