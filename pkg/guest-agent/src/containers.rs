@@ -28,7 +28,7 @@ use crate::oci::create;
 use crate::process::{Process, Waiting};
 use crate::reaper::Reaper;
 use crate::stdio::Ends;
-use crate::stdio::console::ConsoleSocket;
+use crate::stdio::console::{self, ConsoleSocket};
 
 /// Time for a helper's work. Far more than it takes: emulated guests are slow.
 const HELPER: Duration = Duration::from_secs(25);
@@ -183,7 +183,9 @@ impl Containers {
         let failed = |error: GuestError| error.in_runcs_words("create failed");
         let pid = helper.pid(by).await.map_err(failed)?;
         if let Some(console) = console {
-            let (ends, terminal) = Ends::terminal(console.receive(by).await?)?;
+            // Sent before the helper's process waits for its start.
+            let master = console.receive(by.at_most(console::ARRIVED)).await?;
+            let (ends, terminal) = Ends::terminal(master)?;
             process.set_terminal(ends, terminal);
         }
         process.set_pid(pid);

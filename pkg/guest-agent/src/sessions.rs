@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use podhull_transport::{
@@ -10,6 +11,8 @@ use podhull_transport::{
 };
 use podhull_types::{Deadline, ProcessRef, Token};
 use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 use crate::containers::Containers;
 use crate::stdio;
@@ -17,13 +20,35 @@ use crate::stdio;
 /// Time for a session's first frame: the host sends it at once.
 const GREETING: Duration = Duration::from_secs(10);
 
-/// Accepts sessions until the listener ends. One that fails ends only itself.
+/// Most connections that have not said yet who they are.
+const STRANGERS: usize = 256;
+
+/// Accepts sessions until the listener ends. One that fails ends only itself;
+/// all end with this future.
 pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Containers) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let mut sessions = JoinSet::new();
     loop {
-        match listener.accept().await {
-            Ok(transport) => {
-                tokio::spawn(session(transport, token.clone(), containers.clone()));
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(ended) = sessions.join_next() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a session died");
+                }
+                continue;
             }
+        };
+        match accepted {
+            Ok(transport) => match Arc::clone(&strangers).try_acquire_owned() {
+                Ok(stranger) => {
+                    let (token, containers) = (token.clone(), containers.clone());
+                    sessions.spawn(session(transport, stranger, token, containers));
+                }
+                Err(_) => {
+                    let report = transport.close(Deadline::after(Duration::ZERO)).await;
+                    tracing::warn!(%report, "too many connections that say nothing");
+                }
+            },
             Err(error) => {
                 tracing::error!(%error, "no more sessions");
                 return;
@@ -32,9 +57,16 @@ pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Con
     }
 }
 
-async fn session(transport: VsockTransport, token: Token, containers: Containers) {
+async fn session(
+    transport: VsockTransport,
+    stranger: OwnedSemaphorePermit,
+    token: Token,
+    containers: Containers,
+) {
     let by = Deadline::after(GREETING);
-    match receive_session(transport, &token, by).await {
+    let received = receive_session(transport, &token, by).await;
+    drop(stranger);
+    match received {
         Ok(incoming) => match incoming.target().clone() {
             SessionTarget::Process(id) => process(incoming, &id, &containers, by).await,
             SessionTarget::Forward { port } => forward(incoming, port, by).await,

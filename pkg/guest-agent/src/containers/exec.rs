@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Processes that are added to a running container.
 
+use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
 
 use oci_spec::runtime::Process as ProcessSpec;
 use podhull_api::agent;
-use podhull_types::ProcessRef;
+use podhull_types::{Deadline, ProcessRef};
 
 use super::{Containers, deadline, limits, streams};
 use crate::cgroup::Cgroup;
@@ -14,6 +16,7 @@ use crate::helper::Helper;
 use crate::oci::exec;
 use crate::process::{Process, Waiting};
 use crate::stdio::Ends;
+use crate::stdio::console::{ARRIVED, ConsoleSocket};
 
 impl Containers {
     /// Prepares an added process; it is made at its start.
@@ -73,7 +76,8 @@ impl Containers {
         let pid = helper.pid(by).await.map_err(failed)?;
         let exit = self.reaper.claim(pid, helper.since());
         if let Some(console) = console {
-            let (ends, terminal) = Ends::terminal(console.receive(by).await?)?;
+            let master = terminal(&console, &mut helper, by).await.map_err(failed)?;
+            let (ends, terminal) = Ends::terminal(master)?;
             process.set_terminal(ends, terminal);
         }
         helper.executed(by).await.map_err(failed)?;
@@ -81,4 +85,22 @@ impl Containers {
         self.watch(process, exit);
         Ok(())
     }
+}
+
+/// The terminal that the helper's process sends before it executes its program,
+/// or why it could not.
+async fn terminal(
+    console: &ConsoleSocket,
+    helper: &mut Helper,
+    by: Deadline,
+) -> Result<OwnedFd, GuestError> {
+    let mut receiving = pin!(console.receive(by));
+    tokio::select! {
+        biased;
+        received = &mut receiving => return received,
+        executed = helper.executed(by) => executed?,
+    }
+    // Its answer ended: what it sent has arrived, or never comes.
+    let sent = by.at_most(ARRIVED).run(receiving).await;
+    sent.unwrap_or_else(|_| Err(GuestError::Start("no terminal came".into())))
 }

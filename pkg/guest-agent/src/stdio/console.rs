@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use podhull_types::Deadline;
 use rustix::net::{
@@ -17,6 +18,9 @@ use tokio::net::UnixListener;
 
 use crate::error::GuestError;
 use crate::init::RUN;
+
+/// Time to pick up a terminal that was sent already.
+pub(crate) const ARRIVED: Duration = Duration::from_secs(5);
 
 /// Sends `master` over `socket`; the helper's side.
 pub(crate) fn send(socket: &UnixStream, master: &impl AsFd) -> Result<(), GuestError> {
