@@ -31,6 +31,7 @@ use podhull_types::SandboxId;
 use crate::args::Args;
 use crate::bundle;
 use crate::error::ShimError;
+use crate::identity::Identity;
 
 /// Time for the serving process to accept connections.
 const SERVING: Duration = Duration::from_secs(20);
@@ -105,7 +106,8 @@ fn write_address(bundle: &Path, address: &str) -> Result<(), ShimError> {
         .map_err(ShimError::file("write", path))
 }
 
-/// Starts the serving process and waits until it accepts connections.
+/// Starts the serving process and waits until it accepts connections. Nothing
+/// of it stays if that fails.
 fn serve_new(
     args: &Args,
     config: &Config,
@@ -113,24 +115,33 @@ fn serve_new(
     ttrpc_address: &str,
     program: &Path,
 ) -> Result<(), ShimError> {
+    let served = try_to_serve(args, config, run_dir, ttrpc_address, program);
+    // What a shim that runs needs is not ours to remove.
+    if served.is_err() && Identity::find(&run_dir.shim()).is_none() {
+        let removed = run_dir.remove();
+        tracing::debug!(?removed, "released what a failed start had made");
+    }
+    served
+}
+
+fn try_to_serve(
+    args: &Args,
+    config: &Config,
+    run_dir: &RunDir,
+    ttrpc_address: &str,
+    program: &Path,
+) -> Result<(), ShimError> {
     run_dir.create()?;
-    let socket = run_dir.socket();
     let usual = umask(Mode::S_IRWXG | Mode::S_IRWXO);
-    let listener = listen(&socket);
+    let listener = listen(&run_dir.socket());
     umask(usual);
     let Some(listener) = listener? else {
         // Asked twice: it serves already.
         return Ok(());
     };
     // Standard error is no place for a log: containerd reads it as the answer.
-    let started = log::init(&config.log, None, Some(&run_dir.log()))
-        .map_err(Into::into)
-        .and_then(|()| spawn(args, listener, ttrpc_address, program));
-    if started.is_err() {
-        let removed = run_dir.remove();
-        tracing::debug!(?removed, "released what a failed start had made");
-    }
-    started
+    log::init(&config.log, None, Some(&run_dir.log()))?;
+    spawn(args, listener, ttrpc_address, program)
 }
 
 /// Listens at `socket`; `None` if somebody does. A socket that a dead process
@@ -261,6 +272,37 @@ mod tests {
         let listener = listen(&socket).unwrap().unwrap();
         assert!(listen(&socket).unwrap().is_none());
         drop(listener);
+    }
+
+    /// The socket's path is too long to listen at.
+    fn start_that_cannot_listen(run_dir: &RunDir) {
+        let config = Config::default();
+        let served = serve_new(&args(), &config, run_dir, "", Path::new("/bin/false"));
+        let error = podhull_types::chain(&served.unwrap_err());
+        assert!(error.contains("listen at"), "{error}");
+    }
+
+    fn too_deep(folder: &Path) -> RunDir {
+        let id = SandboxId::new("s1").unwrap();
+        RunDir::of(&folder.join("x".repeat(120)), "k8s.io", &id)
+    }
+
+    #[test]
+    fn a_start_that_cannot_listen_leaves_no_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = too_deep(folder.path());
+        start_that_cannot_listen(&run_dir);
+        assert!(!run_dir.path().exists());
+    }
+
+    #[test]
+    fn a_start_that_cannot_listen_leaves_the_folder_of_a_shim_that_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = too_deep(folder.path());
+        run_dir.create().unwrap();
+        Identity::own().unwrap().write(&run_dir.shim()).unwrap();
+        start_that_cannot_listen(&run_dir);
+        assert!(run_dir.shim().exists());
     }
 
     #[test]
