@@ -8,9 +8,10 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::cri::{Container, Pod};
+use podhull_testkit::oracle::assert_clean;
 
 use super::lifecycle::boot_id;
-use super::node::CONFIG;
+use super::node::{CONFIG, with};
 use crate::case::{Skip, cases, contains, same};
 use crate::context::{Context, refusal};
 use crate::procfs::{Processes, Role, signal};
@@ -25,7 +26,8 @@ cases! {
         fault_panic_of_the_guest_ends_its_pod,
         fault_frozen_guest_comes_back,
         fault_guest_frozen_for_good_ends_its_pod,
-        fault_killed_vmm_answers_a_running_exec;
+        fault_killed_vmm_answers_a_running_exec,
+        fault_killed_shim_leaves_nothing_whatever_became_of_its_configuration;
 }
 
 /// A dead VM is noticed within a second; the rest is for a slow machine.
@@ -82,6 +84,27 @@ async fn fault_killed_shim_takes_its_pod_along(t: &Context) -> Result<()> {
     let code = has_ended(&pod, &container, &processes).await?;
     // 255 is containerd's own word if its waiting call fails before `delete` answers.
     ensure!([137, 255].contains(&code), "exit code {code}");
+    Ok(())
+}
+
+async fn fault_killed_shim_leaves_nothing_whatever_became_of_its_configuration(
+    t: &Context,
+) -> Result<()> {
+    const RUN: &str = "/run/podhull-of-the-pod";
+    let elsewhere = podhull_config(t.node().programs());
+    for changed in ["this is no TOML", &elsewhere] {
+        fs::write(CONFIG, with(t, "run_dir", &format!("{RUN:?}")))?;
+        let (pod, container) = t.idle().await?;
+        let processes = Processes::of(pod.id())?;
+        fs::write(CONFIG, changed).context("write podhull's configuration")?;
+        signal(processes.pid(Role::Shim)?, Signal::SIGKILL)?;
+        has_ended(&pod, &container, &processes).await?;
+        fs::remove_dir(RUN).with_context(|| format!("{RUN} after {changed:?}"))?;
+        fs::write(CONFIG, &elsewhere)?;
+        assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10))
+            .await
+            .with_context(|| format!("after {changed:?}"))?;
+    }
     Ok(())
 }
 

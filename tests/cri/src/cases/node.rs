@@ -30,7 +30,7 @@ cases! {
 pub(super) const CONFIG: &str = "/etc/podhull/config.toml";
 
 /// The node's configuration with one key changed.
-fn with(t: &Context, key: &str, value: &str) -> String {
+pub(super) fn with(t: &Context, key: &str, value: &str) -> String {
     let config = podhull_config(t.node().programs());
     let mut lines: Vec<_> = config
         .lines()
