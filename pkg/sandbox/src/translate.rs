@@ -276,16 +276,15 @@ fn translate_mount(
             "a bind mount needs a source",
         ));
     };
-    if let Some(folder) = HOST_ONLY.iter().find(|folder| source.starts_with(folder)) {
-        let reason = format!("{} is below the host's {folder}", source.display());
-        return Err(SandboxError::refused(field(), reason));
-    }
+    let recursive = !has("bind");
+    let source =
+        bindable(&source, recursive).map_err(|reason| SandboxError::refused(field(), reason))?;
     let path = match made_by_shim(&sandbox.files, &destination).filter(|_| !source.exists()) {
         Some((name, content)) => tree.write_file(&container.id, name, content.as_bytes())?,
         None => {
             let volume = Volume {
                 source,
-                recursive: !has("bind"),
+                recursive,
                 // containerd sends "rro" without "ro".
                 read_only: has("ro") || has("rro"),
                 recursive_read_only: has("rro"),
@@ -301,6 +300,19 @@ fn translate_mount(
     Ok(mount)
 }
 
+/// The path without links that a bind of `source` is to bind, or why there must be
+/// none. One that is missing is named by who binds it.
+fn bindable(source: &Path, recursive: bool) -> Result<PathBuf, String> {
+    let resolved = std::fs::canonicalize(source).unwrap_or_else(|_| source.into());
+    let shown = HOST_ONLY.into_iter().find(|folder| {
+        resolved.starts_with(folder) || (recursive && Path::new(folder).starts_with(&resolved))
+    });
+    match shown {
+        Some(folder) => Err(format!("{} shows the host's {folder}", source.display())),
+        None => Ok(resolved),
+    }
+}
+
 /// The file that containerd left to the shim for this mount, if it is one.
 fn made_by_shim<'a>(files: &'a PodFiles, destination: &Path) -> Option<(&'static str, &'a str)> {
     let (name, content) = match destination.to_str()? {
@@ -313,136 +325,4 @@ fn made_by_shim<'a>(files: &'a PodFiles, destination: &Path) -> Option<(&'static
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(json: serde_json::Value) -> Spec {
-        serde_json::from_value(json).unwrap()
-    }
-
-    fn with_namespaces(namespaces: serde_json::Value) -> Spec {
-        spec(serde_json::json!({
-            "ociVersion": "1.0.2",
-            "hostname": "x",
-            "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["true"],
-                         "apparmorProfile": "cri-containerd.apparmor.d" },
-            "linux": { "namespaces": namespaces, "cgroupsPath": "/kubepods/x" },
-        }))
-    }
-
-    #[test]
-    fn pid_namespaces_are_found_by_the_pid_that_was_reported() {
-        let sidecar = ContainerId::new("c2").unwrap();
-        let targets = [(100, None), (4_194_305, Some(sidecar.clone()))];
-        let at = |path: &str| {
-            let oci = with_namespaces(serde_json::json!([{ "type": "pid", "path": path }]));
-            pid_namespace(&oci, &targets)
-        };
-        assert_eq!(at("/proc/100/ns/pid").unwrap(), PidNamespace::Pod);
-        assert_eq!(
-            at("/proc/4194305/ns/pid").unwrap(),
-            PidNamespace::Of(sidecar)
-        );
-        assert!(
-            at("/proc/1/ns/pid")
-                .unwrap_err()
-                .to_string()
-                .contains("/proc/1/ns/pid")
-        );
-        let own = with_namespaces(serde_json::json!([{ "type": "pid" }]));
-        assert_eq!(pid_namespace(&own, &targets).unwrap(), PidNamespace::Own);
-        let host = with_namespaces(serde_json::json!([{ "type": "mount" }]));
-        assert!(
-            pid_namespace(&host, &targets)
-                .unwrap_err()
-                .to_string()
-                .contains("hostPID")
-        );
-    }
-
-    #[test]
-    fn what_is_the_hosts_is_stripped() {
-        let mut oci = with_namespaces(serde_json::json!([
-            { "type": "pid" }, { "type": "ipc", "path": "/proc/9/ns/ipc" },
-            { "type": "uts" }, { "type": "network", "path": "/run/netns/x" },
-            { "type": "mount" },
-        ]));
-        strip_host(&mut oci);
-        let linux = oci.linux().as_ref().unwrap();
-        let left: Vec<_> = linux
-            .namespaces()
-            .as_ref()
-            .unwrap()
-            .iter()
-            .map(|ns| ns.typ())
-            .collect();
-        assert_eq!(left, [LinuxNamespaceType::Mount]);
-        assert_eq!(linux.cgroups_path(), &None);
-        assert_eq!(oci.hostname(), &None);
-        assert_eq!(oci.process().as_ref().unwrap().apparmor_profile(), &None);
-    }
-
-    #[test]
-    fn a_host_device_is_refused_by_name() {
-        let oci = spec(serde_json::json!({
-            "ociVersion": "1.0.2",
-            "linux": { "devices": [
-                { "type": "c", "path": "/dev/kmsg", "major": 1, "minor": 11 }
-            ] },
-        }));
-        let error = refuse_host_devices(&oci).unwrap_err().to_string();
-        assert!(
-            error.contains("/dev/kmsg") && error.contains("linux.devices"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn only_files_that_were_given_replace_sources() {
-        let files = PodFiles {
-            hosts: Some("127.0.0.1 x".into()),
-            ..PodFiles::default()
-        };
-        let found = made_by_shim(&files, Path::new("/etc/hosts"));
-        assert_eq!(found, Some(("hosts", "127.0.0.1 x")));
-        assert_eq!(made_by_shim(&files, Path::new("/etc/hostname")), None);
-        assert_eq!(made_by_shim(&files, Path::new("/data")), None);
-    }
-
-    #[test]
-    fn the_pods_shared_memory_is_told_from_a_volume() {
-        let sandbox = SandboxId::new("s1").unwrap();
-        let mount = |typ: &str, source: &str| -> Mount {
-            serde_json::from_value(serde_json::json!({
-                "destination": "/dev/shm", "type": typ, "source": source, "options": ["rbind"],
-            }))
-            .unwrap()
-        };
-        for pods in [
-            mount("tmpfs", "shm"),
-            mount(
-                "bind",
-                "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s1/shm",
-            ),
-        ] {
-            assert!(is_pod_shm(&pods, &sandbox));
-            assert_eq!(pod_shm(pods).source().as_deref(), Some(Path::new(SHM)));
-        }
-        let volume = mount("bind", "/var/lib/kubelet/pods/x/volumes/empty-dir/shm");
-        assert!(!is_pod_shm(&volume, &sandbox));
-    }
-
-    #[test]
-    fn files_that_containerd_leaves_out_are_added_unless_the_container_has_its_own() {
-        let files = PodFiles {
-            hosts: Some("x".into()),
-            hostname: Some("web".into()),
-            ..PodFiles::default()
-        };
-        let mut own = Mount::default();
-        own.set_destination("/etc/hosts".into());
-        let added = missing_files(&files, &[own]);
-        let destinations: Vec<_> = added.iter().map(Mount::destination).collect();
-        assert_eq!(destinations, [Path::new("/etc/hostname")]);
-    }
-}
+mod tests;

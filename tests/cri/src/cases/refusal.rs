@@ -130,11 +130,27 @@ async fn refusal_of_bidirectional_mounts_names_them(t: &Context) -> Result<()> {
 
 async fn refusal_of_the_hosts_kernel_folders_names_them(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
-    for (attempt, folder) in ["/dev", "/proc", "/sys/kernel"].into_iter().enumerate() {
+    let link = t.path("link");
+    std::os::unix::fs::symlink("/sys", &link)?;
+    let below_link = format!("{link}/kernel");
+    let sources = [
+        ("/dev", "/dev"),
+        ("/proc", "/proc"),
+        ("/sys/kernel", "/sys"),
+        ("/run/../proc", "/proc"),
+        (&link, "/sys"),
+        (&below_link, "/sys"),
+        ("/", "/dev"),
+    ];
+    for (attempt, (source, folder)) in sources.into_iter().enumerate() {
         let builder = t.container(&pod, "main").attempt(u32::try_from(attempt)?);
-        let builder = builder.idle().mount(folder, "/of-the-host", true);
-        let text = refusal(builder.start().await, folder)?;
-        contains!(&text, "/of-the-host", folder);
+        let builder = builder.idle().mount(source, "/of-the-host", true);
+        let text = refusal(builder.start().await, source)?;
+        contains!(
+            &text,
+            "mounts[/of-the-host]",
+            &format!("shows the host's {folder}")
+        );
     }
     let builder = t.container(&pod, "main").attempt(9).idle();
     builder.start().await?.exec(["true"]).await?.success()?;
