@@ -6,7 +6,8 @@
 //! podhull-cri-tests [--containerd 1.6|2.4|all] [--handler NAME|all] [--list] [FILTER...]
 //! ```
 //!
-//! The last line is `N passed, N failed, N skipped`.
+//! At the end it says `N passed, N failed, N skipped`, and below that, a line
+//! each, what failed.
 
 mod case;
 mod cases;
@@ -72,6 +73,7 @@ fn list(options: &Options) -> Result<ExitCode> {
 fn outside(options: &Options) -> Result<ExitCode> {
     let begin = Instant::now();
     let mut total = Tally::default();
+    let mut gave_up = None;
     let result = env::temp_dir().join(format!("podhull-cri-{}", std::process::id()));
     for release in &options.releases {
         let file = result.to_string_lossy();
@@ -80,13 +82,11 @@ fn outside(options: &Options) -> Result<ExitCode> {
             Ok(tally) => total += tally,
             // It has said why.
             Err(_) => {
-                eprintln!(
-                    "the run on containerd {} did not come to its end",
-                    release.name()
-                );
-                total.failed += 1;
+                let what = format!("the run on containerd {}", release.name());
+                total.fail(&what, "it did not come to its end");
                 if code != ExitCode::SUCCESS && code != ExitCode::FAILURE {
-                    return Ok(code);
+                    gave_up = Some(code);
+                    break;
                 }
             }
         }
@@ -98,10 +98,11 @@ fn outside(options: &Options) -> Result<ExitCode> {
         begin.elapsed().as_secs_f64()
     )?;
     writeln!(out, "{total}")?;
-    Ok(if total.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
+    write!(out, "{}", total.failures())?;
+    Ok(match gave_up {
+        Some(code) => code,
+        None if total.is_green() => ExitCode::SUCCESS,
+        None => ExitCode::FAILURE,
     })
 }
 
@@ -116,7 +117,7 @@ fn inside(options: &Options) -> Result<ExitCode> {
         .context("make the runtime")?;
     let tally = runtime.block_on(runner::run(options, release))?;
     tally.keep(&PathBuf::from(result))?;
-    Ok(if tally.failed == 0 {
+    Ok(if tally.is_green() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

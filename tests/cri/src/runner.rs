@@ -106,12 +106,13 @@ fn report(
             writeln!(out, "SKIP {} {setup}: {error}", case.name)?;
         }
         Err(error) => {
-            tally.failed += 1;
+            let text = format!("{error:#}");
+            tally.fail(&format!("{} {setup}", case.name), &text);
             writeln!(
                 out,
                 "test {} {setup} ... FAILED ({took:.2}s)\n{}",
                 case.name,
-                indent(&format!("{error:#}"))
+                indent(&text)
             )?;
         }
     }

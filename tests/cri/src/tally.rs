@@ -8,18 +8,41 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-/// The figures of a run.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// How much of an error is told again at the end.
+const FIRST_LINE: usize = 200;
+
+/// The figures of a run, and what failed in it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) passed: u32,
-    pub(crate) failed: u32,
     pub(crate) skipped: u32,
+    /// One line each.
+    failed: Vec<String>,
 }
 
 impl Tally {
+    /// Notes what failed, with the first line of its error.
+    pub(crate) fn fail(&mut self, what: &str, error: &str) {
+        let line = error.lines().next().unwrap_or_default();
+        let line: String = line.chars().take(FIRST_LINE).collect();
+        self.failed.push(format!("{what}: {line}"));
+    }
+
+    /// True if nothing failed.
+    pub(crate) fn is_green(&self) -> bool {
+        self.failed.is_empty()
+    }
+
+    /// A line for each failure, for the end of a log.
+    pub(crate) fn failures(&self) -> String {
+        let lines = self.failed.iter().map(|line| format!("failed: {line}\n"));
+        lines.collect()
+    }
+
     /// Hands the figures from a node to who started it.
-    pub(crate) fn keep(self, file: &Path) -> Result<()> {
-        let text = format!("{} {} {}", self.passed, self.failed, self.skipped);
+    pub(crate) fn keep(&self, file: &Path) -> Result<()> {
+        let mut text = format!("{} {}\n", self.passed, self.skipped);
+        text.extend(self.failed.iter().map(|line| format!("{line}\n")));
         fs::write(file, text).with_context(|| format!("write {}", file.display()))
     }
 
@@ -27,17 +50,13 @@ impl Tally {
     pub(crate) fn take(file: &Path) -> Result<Self> {
         let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
         fs::remove_file(file).with_context(|| format!("remove {}", file.display()))?;
-        let mut numbers = text.split(' ').map(str::parse);
-        let mut next = || {
-            numbers
-                .next()
-                .context("too few figures")?
-                .context("a figure")
-        };
+        let mut lines = text.lines();
+        let figures = lines.next().and_then(|line| line.split_once(' '));
+        let (passed, skipped) = figures.context("too few figures")?;
         Ok(Self {
-            passed: next()?,
-            failed: next()?,
-            skipped: next()?,
+            passed: passed.parse().context("a figure")?,
+            skipped: skipped.parse().context("a figure")?,
+            failed: lines.map(str::to_owned).collect(),
         })
     }
 }
@@ -45,8 +64,8 @@ impl Tally {
 impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
-        self.failed += other.failed;
         self.skipped += other.skipped;
+        self.failed.extend(other.failed);
     }
 }
 
@@ -55,7 +74,9 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} passed, {} failed, {} skipped",
-            self.passed, self.failed, self.skipped
+            self.passed,
+            self.failed.len(),
+            self.skipped
         )
     }
 }
