@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net;
 use std::pin::Pin;
@@ -23,6 +23,8 @@ use crate::report::{CloseReport, Outcome};
 /// that the kernel made of several pages, and with it the connection; up to
 /// this size a packet is always one piece.
 pub(crate) const MAX_WRITE: usize = 16 * 1024;
+/// Most pieces of one write.
+pub(crate) const PIECES: usize = 8;
 
 /// The other end of a transport, for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -267,6 +269,31 @@ impl AsyncWrite for TransportIo {
         }
     }
 
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut room = MAX_WRITE;
+        let mut slices = [IoSlice::new(&[]); PIECES];
+        for (slice, buf) in slices.iter_mut().zip(bufs) {
+            *slice = IoSlice::new(buf.get(..room).unwrap_or(buf));
+            room -= slice.len();
+        }
+        loop {
+            let Socket(socket) = self.view.socket(Direction::Write, cx)?;
+            ready!(socket.poll_write_ready(cx))?;
+            match socket.try_write_vectored(&slices) {
+                Err(error) if is_retried(&error) => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
@@ -319,6 +346,23 @@ mod tests {
         assert!(io.write_all(b"x").await.is_err());
         drop(io);
         assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn no_write_is_larger_than_a_guest_takes() {
+        let (transport, _peer) = adopted();
+        let mut io = transport.io().unwrap();
+        let buffer = [0; 40_000];
+        assert_eq!(io.write(&buffer).await.unwrap(), MAX_WRITE);
+        let pieces = [10, 10_000, 40_000, 40_000].map(|size| IoSlice::new(&buffer[..size]));
+        assert_eq!(io.write_vectored(&pieces).await.unwrap(), MAX_WRITE);
+        drop(io);
+        assert!(
+            transport
+                .close(Deadline::after(Duration::ZERO))
+                .await
+                .is_clean()
+        );
     }
 
     #[tokio::test]

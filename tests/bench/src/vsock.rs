@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use podhull_bench_guest::{RAW, Way, order};
+use podhull_bench_guest::{RAW, Raw, Way, order};
 use podhull_testkit::Node;
 use podhull_testkit::programs::Programs;
 use podhull_transport::{
@@ -26,7 +26,7 @@ use crate::statistics::Series;
 
 const STEP: Duration = Duration::from_secs(120);
 /// Copies each way; the first of each is not counted.
-const COPIES: usize = 4;
+const COPIES: usize = 8;
 
 /// What was measured.
 #[derive(Debug, Default)]
@@ -163,9 +163,11 @@ impl Guest {
     async fn raw_copy(&self, way: Way) -> Result<Duration> {
         let connection = self.dial(RAW).await?;
         let (read, write) = tokio::io::split(connection.io()?);
+        let (mut read, mut write) = (Raw::new(read), Raw::new(write));
         let begin = Instant::now();
-        order(read, write, way, VOLUME as u64).await?;
+        order(&mut read, &mut write, way, VOLUME as u64).await?;
         let took = begin.elapsed();
+        drop((read, write));
         clean(&connection.close(Deadline::after(STEP)).await)?;
         Ok(took)
     }

@@ -10,8 +10,8 @@ use crate::error::ProtocolError;
 pub(crate) const VERSION: u16 = 1;
 /// Bytes of a header.
 pub(crate) const HEADER: usize = 8;
-/// Most payload of a DATA frame.
-pub(crate) const MAX_DATA: usize = 64 * 1024 - HEADER;
+/// Most payload of a DATA frame: what a full pipe gives at once.
+pub(crate) const MAX_DATA: usize = 64 * 1024;
 /// Most payload of any other frame.
 pub(crate) const MAX_CONTROL: usize = 1024;
 /// What a receiver allows a sender at first, per stream, and at most.

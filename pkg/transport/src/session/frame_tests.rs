@@ -88,9 +88,20 @@ fn an_unknown_stream_is_refused() {
 }
 
 #[test]
-fn a_full_data_frame_is_no_larger_than_the_limit() {
+fn a_full_data_frame_carries_64_kib() {
     let frame = Frame::Data(Stream::Output, Bytes::from(vec![0; MAX_DATA]));
-    assert_eq!(frame.encode().len(), 64 * 1024);
+    assert_eq!(frame.encode().len(), HEADER + 64 * 1024);
+}
+
+#[test]
+fn a_frame_that_was_read_into_is_as_if_encoded() {
+    let mut space = BytesMut::new();
+    for payload in [&b"first"[..], b"second"] {
+        let mut frame = Unsealed::with_room(&mut space, 100);
+        frame.payload().extend_from_slice(payload);
+        let sealed = frame.seal(Stream::Error, &mut space);
+        assert_eq!(sealed, Frame::data(Stream::Error, payload));
+    }
 }
 
 #[test]

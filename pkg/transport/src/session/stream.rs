@@ -26,8 +26,9 @@ const QUEUE: usize = 4;
 pub struct StreamWriter {
     shared: Arc<Shared>,
     stream: Stream,
-    /// What the last frame left of its allocation.
-    space: BytesMut,
+    /// The allocations of the last frames, to be used again once those are sent:
+    /// fresh memory is cleared by the kernel first.
+    spaces: [BytesMut; QUEUE + 2],
 }
 
 impl StreamWriter {
@@ -35,7 +36,7 @@ impl StreamWriter {
         Self {
             shared: Arc::clone(shared),
             stream,
-            space: BytesMut::new(),
+            spaces: Default::default(),
         }
     }
 
@@ -84,9 +85,11 @@ impl StreamWriter {
     /// more.
     pub async fn send_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
         let room = poll_fn(|cx| self.poll_room(cx)).await?;
-        let mut frame = Unsealed::with_room(&mut self.space, room);
+        self.spaces.rotate_left(1);
+        let space = &mut self.spaces[0];
+        let mut frame = Unsealed::with_room(space, room);
         let count = from.read_buf(&mut frame.payload().limit(room)).await?;
-        let frame = frame.seal(self.stream, &mut self.space);
+        let frame = frame.seal(self.stream, space);
         if count > 0 {
             self.queue(frame, count);
         }

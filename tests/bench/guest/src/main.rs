@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MsFlags, mount};
-use podhull_bench_guest::{RAW, obey};
+use podhull_bench_guest::{RAW, Raw, obey};
 use podhull_transport::{
     CloseReport, GuestTimes, Holder, HolderKind, LeaseSet, VsockListener, VsockTransport, announce,
     dial_host, receive_session,
@@ -74,15 +74,17 @@ fn told(result: Result<()>) {
 
 async fn without_session(connection: VsockTransport) -> Result<()> {
     let (read, write) = tokio::io::split(connection.io()?);
-    obey(read, write).await?;
+    let (mut read, mut write) = (Raw::new(read), Raw::new(write));
+    obey(&mut read, &mut write).await?;
+    drop((read, write));
     clean(&connection.close(Deadline::after(STEP)).await)
 }
 
 async fn with_session(connection: VsockTransport, token: &Token) -> Result<()> {
     let incoming = receive_session(connection, token, Deadline::after(STEP)).await?;
-    let session = incoming.accept(Deadline::after(STEP)).await?;
+    let mut session = incoming.accept(Deadline::after(STEP)).await?;
     drop(session.error);
-    obey(session.input, session.output).await?;
+    obey(&mut session.input, &mut session.output).await?;
     session.handle.send_exit(0);
     session.handle.closed().await;
     clean(&session.handle.close(Deadline::after(STEP)).await)
