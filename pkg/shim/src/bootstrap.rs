@@ -30,6 +30,7 @@ use podhull_types::SandboxId;
 
 use crate::args::Args;
 use crate::bundle;
+use crate::called::{self, CALLED};
 use crate::error::ShimError;
 use crate::identity::Identity;
 
@@ -68,6 +69,7 @@ impl Caller {
 /// # Errors
 /// What kept the process from serving; nothing of it stays.
 pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, ShimError> {
+    let called = called::now().map_err(ShimError::system("read the clock"))?;
     let config = Config::load(Path::new(podhull_config::PATH))?;
     let spec = bundle::read(&caller.bundle)?;
     let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
@@ -78,7 +80,13 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
             Some(params) => &params.containerd_ttrpc_address,
             None => &caller.ttrpc_address,
         };
-        serve_new(args, &config, &run_dir, ttrpc_address, program)?;
+        let serving = Serving {
+            args,
+            ttrpc_address,
+            program,
+            called: &called,
+        };
+        serve_new(&serving, &config, &run_dir)?;
     } else {
         log::init_beside(&config.log, &run_dir.log(), false)?;
         UnixStream::connect(run_dir.socket()).map_err(|source| ShimError::ShimGone {
@@ -106,16 +114,20 @@ fn write_address(bundle: &Path, address: &str) -> Result<(), ShimError> {
         .map_err(ShimError::file("write", path))
 }
 
+/// What the serving process is made from.
+#[derive(Debug)]
+struct Serving<'a> {
+    args: &'a Args,
+    ttrpc_address: &'a str,
+    program: &'a Path,
+    /// See [`called`].
+    called: &'a str,
+}
+
 /// Starts the serving process and waits until it accepts connections. Nothing
 /// of it stays if that fails.
-fn serve_new(
-    args: &Args,
-    config: &Config,
-    run_dir: &RunDir,
-    ttrpc_address: &str,
-    program: &Path,
-) -> Result<(), ShimError> {
-    let served = try_to_serve(args, config, run_dir, ttrpc_address, program);
+fn serve_new(serving: &Serving, config: &Config, run_dir: &RunDir) -> Result<(), ShimError> {
+    let served = try_to_serve(serving, config, run_dir);
     // What a shim that runs needs is not ours to remove.
     if served.is_err() && Identity::find(&run_dir.shim()).is_none() {
         let removed = run_dir.remove();
@@ -124,13 +136,7 @@ fn serve_new(
     served
 }
 
-fn try_to_serve(
-    args: &Args,
-    config: &Config,
-    run_dir: &RunDir,
-    ttrpc_address: &str,
-    program: &Path,
-) -> Result<(), ShimError> {
+fn try_to_serve(serving: &Serving, config: &Config, run_dir: &RunDir) -> Result<(), ShimError> {
     run_dir.create()?;
     let usual = umask(Mode::S_IRWXG | Mode::S_IRWXO);
     let listener = listen(&run_dir.socket());
@@ -141,7 +147,7 @@ fn try_to_serve(
     };
     // Standard error is no place for a log: containerd reads it as the answer.
     log::init(&config.log, None, Some(&run_dir.log()))?;
-    spawn(args, listener, ttrpc_address, program)
+    spawn(serving, listener)
 }
 
 /// Listens at `socket`; `None` if somebody does. A socket that a dead process
@@ -164,12 +170,8 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>, ShimError> {
         .map_err(ShimError::file("listen at", socket))
 }
 
-fn spawn(
-    args: &Args,
-    listener: UnixListener,
-    ttrpc_address: &str,
-    program: &Path,
-) -> Result<(), ShimError> {
+fn spawn(serving: &Serving, listener: UnixListener) -> Result<(), ShimError> {
+    let Serving { args, program, .. } = serving;
     let (said, says) = io::pipe().map_err(ShimError::system("make a pipe"))?;
     let mut command = Command::new(program);
     command
@@ -180,12 +182,13 @@ fn spawn(
         .arg("serve")
         .env_clear()
         .env("PATH", PATH)
-        .env(TTRPC_ADDRESS, ttrpc_address)
+        .env(TTRPC_ADDRESS, serving.ttrpc_address)
+        .env(CALLED, serving.called)
         // It takes its listener from standard input and reports on standard output.
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(says)
         .stderr(Stdio::null());
-    let mut child = command.spawn().map_err(ShimError::file("run", program))?;
+    let mut child = command.spawn().map_err(ShimError::file("run", *program))?;
     // Our end of the pipe goes, so that the child's death is its end.
     drop(command);
     let answer = read_until(said, Instant::now() + SERVING);
@@ -277,7 +280,13 @@ mod tests {
     /// The socket's path is too long to listen at.
     fn start_that_cannot_listen(run_dir: &RunDir) {
         let config = Config::default();
-        let served = serve_new(&args(), &config, run_dir, "", Path::new("/bin/false"));
+        let serving = Serving {
+            args: &args(),
+            ttrpc_address: "",
+            program: Path::new("/bin/false"),
+            called: "",
+        };
+        let served = serve_new(&serving, &config, run_dir);
         let error = podhull_types::chain(&served.unwrap_err());
         assert!(error.contains("listen at"), "{error}");
     }

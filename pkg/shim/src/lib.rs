@@ -16,6 +16,7 @@
 pub mod args;
 pub mod bootstrap;
 mod bundle;
+mod called;
 mod connections;
 mod cri;
 pub mod delete;
