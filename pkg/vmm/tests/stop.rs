@@ -41,7 +41,8 @@ impl Fake {
         let config = VmConfig {
             name: "fake".into(),
             run_dir,
-            kernel: file("kernel", "\x7fELF"),
+            // A bzImage by its magic.
+            kernel: file("kernel", &("\0".repeat(0x202) + "HdrS")),
             initramfs: file("initramfs", "070701"),
             memory_mib: 1,
             vcpus: 1,

@@ -18,6 +18,8 @@ cases! {
     PODHULL_TWICE:
         node_missing_files_are_named,
         node_files_of_the_wrong_kind_are_named,
+        node_vsock_daemon_missing_or_of_the_wrong_kind_is_named,
+        node_qemu_that_ends_at_once_is_quoted,
         node_guest_that_panics_is_quoted,
         node_guest_that_stays_silent_is_quoted,
         node_without_memory_for_the_vm_says_so,
@@ -41,8 +43,15 @@ pub(super) fn with(t: &Context, key: &str, value: &str) -> String {
     lines.join("\n") + "\n"
 }
 
+/// What is looked at before a guest boots is refused within this.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
 /// With this configuration, a pod is refused with these words.
 async fn refused(t: &Context, config: &str, words: &[&str]) -> Result<()> {
+    refused_within(t, Duration::from_secs(30), config, words).await
+}
+
+async fn refused_within(t: &Context, within: Duration, config: &str, words: &[&str]) -> Result<()> {
     fs::write(CONFIG, config).context("write podhull's configuration")?;
     let begin = Instant::now();
     let text = refusal(t.pod("pod").run().await, &words.join(" "))?;
@@ -50,10 +59,7 @@ async fn refused(t: &Context, config: &str, words: &[&str]) -> Result<()> {
         contains!(&text, word);
     }
     let took = begin.elapsed();
-    ensure!(
-        took < Duration::from_secs(30),
-        "refused only after {took:?}"
-    );
+    ensure!(took < within, "refused only after {took:?}");
     assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
 
@@ -66,35 +72,61 @@ async fn works_again(t: &Context) -> Result<()> {
 }
 
 async fn node_missing_files_are_named(t: &Context) -> Result<()> {
-    for key in ["kernel", "initramfs", "qemu", "vsock_daemon"] {
-        if key == "vsock_daemon" && Path::new("/dev/vhost-vsock").exists() {
-            continue;
-        }
-        let path = format!("/nonexistent/{key}");
-        let config = with(t, key, &format!("{path:?}"));
-        refused(t, &config, &[key, &path, "No such file"])
-            .await
-            .context(key)?;
+    for key in ["kernel", "initramfs", "qemu"] {
+        missing_is_named(t, key).await.context(key)?;
     }
     works_again(t).await
 }
 
+async fn missing_is_named(t: &Context, key: &str) -> Result<()> {
+    let path = format!("/nonexistent/{key}");
+    let config = with(t, key, &format!("{path:?}"));
+    refused_within(t, AT_ONCE, &config, &[key, &path, "No such file"]).await
+}
+
 async fn node_files_of_the_wrong_kind_are_named(t: &Context) -> Result<()> {
     let text = t.new_file("text", "#!/bin/sh\nexit 1\n")?;
-    for (key, says) in [
-        ("kernel", "neither an ELF file nor a bzImage"),
-        ("initramfs", "neither a cpio archive nor a compressed one"),
-        ("qemu", "not a program"),
-        ("vsock_daemon", "not a program"),
+    for (key, file, says) in [
+        ("kernel", &*text, "neither an ELF file nor a bzImage"),
+        ("kernel", "/bin/busybox", "an ELF file without a PVH note"),
+        (
+            "initramfs",
+            &text,
+            "neither a cpio archive nor a compressed one",
+        ),
+        ("qemu", &text, "not a program"),
     ] {
-        if key == "vsock_daemon" && Path::new("/dev/vhost-vsock").exists() {
-            continue;
-        }
-        let config = with(t, key, &format!("{text:?}"));
-        refused(t, &config, &[key, &text, says])
+        let config = with(t, key, &format!("{file:?}"));
+        refused_within(t, AT_ONCE, &config, &[key, file, says])
             .await
-            .context(key)?;
+            .with_context(|| format!("{key} = {file:?}"))?;
     }
+    works_again(t).await
+}
+
+async fn node_vsock_daemon_missing_or_of_the_wrong_kind_is_named(t: &Context) -> Result<()> {
+    if Path::new("/dev/vhost-vsock").exists() {
+        let reason = "this machine has /dev/vhost-vsock and needs no daemon";
+        return Err(Skip(reason.into()).into());
+    }
+    missing_is_named(t, "vsock_daemon").await?;
+    let text = t.new_file("text", "#!/bin/sh\nexit 1\n")?;
+    let config = with(t, "vsock_daemon", &format!("{text:?}"));
+    refused_within(
+        t,
+        AT_ONCE,
+        &config,
+        &["vsock_daemon", &text, "not a program"],
+    )
+    .await?;
+    works_again(t).await
+}
+
+async fn node_qemu_that_ends_at_once_is_quoted(t: &Context) -> Result<()> {
+    // A program that the VMM's confinement shows, and that knows none of QEMU's options.
+    let config = with(t, "qemu", "\"/bin/ls\"");
+    let words = ["qemu ended", "exit status: 2", "/bin/ls: invalid option"];
+    refused_within(t, AT_ONCE, &config, &words).await?;
     works_again(t).await
 }
 
@@ -102,7 +134,12 @@ async fn node_guest_that_panics_is_quoted(t: &Context) -> Result<()> {
     // An archive by its first bytes only: no /init, no root, a panic.
     let garbage = t.new_file("initramfs", "070701 and then nothing of use")?;
     let config = with(t, "initramfs", &format!("{garbage:?}"));
-    refused(t, &config, &["panic"]).await?;
+    let words = [
+        "qemu ended",
+        "last console lines",
+        "Kernel panic - not syncing",
+    ];
+    refused(t, &config, &words).await?;
     works_again(t).await
 }
 
