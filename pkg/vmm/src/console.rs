@@ -16,6 +16,10 @@ use tokio::sync::watch;
 const TAIL_LINES: usize = 12;
 /// Bytes quoted in an error.
 const TAIL_BYTES: usize = 2048;
+/// How the kernel's word of its end begins (Linux' kernel/panic.c).
+const PANIC: &str = "Kernel panic - not syncing";
+/// Characters quoted of it.
+const PANIC_CHARS: usize = 256;
 
 /// A ring that a pipe is drained into; the writer is never held up.
 #[derive(Debug, Clone)]
@@ -58,26 +62,42 @@ impl Console {
         tracing::trace!(?ended, "console");
     }
 
-    /// The last lines, as text that is safe to print.
+    /// The last lines, as text that is safe to print, and the one that says why the
+    /// guest's kernel has panicked.
     pub(crate) fn tail(&self) -> String {
         let bytes: Vec<u8> = {
             let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-            let skip = ring.len().saturating_sub(TAIL_BYTES);
-            ring.iter().skip(skip).copied().collect()
+            ring.iter().copied().collect()
         };
-        last_lines(&String::from_utf8_lossy(&bytes))
+        let (before, end) = bytes.split_at(bytes.len().saturating_sub(TAIL_BYTES));
+        quote(
+            &String::from_utf8_lossy(before),
+            &String::from_utf8_lossy(end),
+        )
     }
 }
 
+/// Of `end` the last lines. A panic's reason is further up: registers and the
+/// call trace follow it.
+fn quote(before: &str, end: &str) -> String {
+    let mut last: Vec<String> = lines(end).collect();
+    let older: Vec<String> = last
+        .drain(..last.len().saturating_sub(TAIL_LINES))
+        .collect();
+    let panic = lines(before)
+        .chain(older)
+        .filter(|line| line.contains(PANIC))
+        .last();
+    let panic = panic.map(|line| line.chars().take(PANIC_CHARS).collect());
+    let quoted: Vec<String> = panic.into_iter().chain(last).collect();
+    quoted.join(" | ")
+}
+
 /// The guest writes what it likes: no control character gets into an error.
-fn last_lines(text: &str) -> String {
-    let lines: Vec<String> = text
-        .lines()
+fn lines(text: &str) -> impl Iterator<Item = String> {
+    text.lines()
         .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>())
         .filter(|line| !line.trim().is_empty())
-        .collect();
-    let skip = lines.len().saturating_sub(TAIL_LINES);
-    lines[skip..].join(" | ")
 }
 
 #[cfg(test)]
@@ -91,10 +111,29 @@ mod tests {
         let text = (0..20)
             .map(|n| format!("line {n}\r\n\x1b[0m\n"))
             .collect::<String>();
-        let tail = last_lines(&text);
+        let tail = quote("", &text);
         assert!(tail.ends_with("line 19 | [0m"), "{tail}");
         assert!(!tail.contains("line 9 "), "{tail}");
         assert!(!tail.contains('\x1b') && !tail.contains('\n'));
+    }
+
+    #[test]
+    fn a_panics_reason_is_quoted_before_the_last_lines() {
+        let reason = format!("[    0.4] {PANIC}: no root\n");
+        let trace: String = (0..20).map(|n| format!("frame {n}\n")).collect();
+        for (before, end) in [
+            (&*reason, &*trace),
+            ("", &(reason.clone() + &trace)),
+            (&("more\n".repeat(99) + &reason), &trace),
+        ] {
+            let quoted = quote(before, end);
+            let expected = "[    0.4] Kernel panic - not syncing: no root | frame 8 | ";
+            assert!(quoted.starts_with(expected), "{quoted}");
+            assert!(quoted.ends_with(" | frame 19"), "{quoted}");
+        }
+        assert_eq!(quote("", &reason), reason.trim_end(), "once");
+        let endless = PANIC.to_owned() + &"x".repeat(10_000);
+        assert!(quote(&endless, "end").len() < 300);
     }
 
     #[tokio::test]

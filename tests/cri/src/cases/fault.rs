@@ -166,7 +166,15 @@ async fn fault_panic_of_the_guest_ends_its_pod(t: &Context) -> Result<()> {
     let trigger = container.shell("echo c >/proc/sysrq-trigger");
     let answered = tokio::time::timeout(Duration::from_secs(20), trigger).await;
     ensure!(answered.is_ok(), "the exec is not answered");
-    ends(&pod, &container, &processes).await
+    ends(&pod, &container, &processes).await?;
+    // The shim's words are in containerd's log; its own went with it.
+    let log = fs::read_to_string(t.node().folder().join("containerd.log"))?;
+    let mut told = log
+        .lines()
+        .filter(|line| line.contains("the VM ended by itself") && line.contains(pod.id()));
+    let told = told.next().context("nothing is said of the VM's end")?;
+    contains!(told, "last console lines", "Kernel panic - not syncing");
+    Ok(())
 }
 
 async fn fault_frozen_guest_comes_back(t: &Context) -> Result<()> {
