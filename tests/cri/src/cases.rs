@@ -10,6 +10,7 @@ mod event;
 mod exec;
 mod fault;
 mod hung;
+mod killed;
 mod lifecycle;
 mod mount;
 mod network;
@@ -68,6 +69,7 @@ pub(crate) fn all() -> Vec<Case> {
         churn::cases(),
         fault::cases(),
         hung::cases(),
+        killed::cases(),
         restart::cases(),
         node::cases(),
         shim::cases(),
