@@ -65,8 +65,6 @@ impl On {
     pub(crate) const PODHULL: Self = Self(4 | 8 | 16);
     /// Wherever pods are VMs and containerd asks for what 1.6 does not know.
     pub(crate) const PODHULL_24: Self = Self(8 | 16);
-    /// Wherever `ctr` is that of 2.4.
-    pub(crate) const ALL_24: Self = Self(2 | 8 | 16);
     /// What does not depend on how containerd asks: runc, and podhull once
     /// for either way to make a sandbox.
     pub(crate) const ALL_TWICE: Self = Self(1 | 2 | 4 | 16);

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 use podhull_testkit::image::BUSYBOX;
 use podhull_testkit::oracle::{Kind, SOCKETS_MAY_DIFFER, Snapshot};
 use tokio::process::Command;
@@ -19,6 +21,7 @@ use crate::context::Context;
 cases! {
     ONCE:
         oracle_planted_process_is_named,
+        oracle_planted_zombie_is_named,
         oracle_planted_descriptors_of_containerd_are_named,
         oracle_planted_mount_is_named,
         oracle_planted_link_and_qdisc_are_named,
@@ -67,6 +70,16 @@ async fn oracle_planted_process_is_named(t: &Context) -> Result<()> {
     names(t, &[(Kind::Process, "sleep 98765")]).await?;
     child.kill().await?;
     Ok(())
+}
+
+async fn oracle_planted_zombie_is_named(t: &Context) -> Result<()> {
+    // The standard library's child: nobody but us reaps it.
+    let mut child = std::process::Command::new("true").spawn()?;
+    let pid = Pid::from_raw(child.id().cast_signed());
+    waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
+    let named = names(t, &[(Kind::Process, "true (zombie)")]).await;
+    child.wait()?;
+    named
 }
 
 async fn oracle_planted_descriptors_of_containerd_are_named(t: &Context) -> Result<()> {
