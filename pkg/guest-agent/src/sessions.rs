@@ -83,7 +83,10 @@ async fn process(
 ) {
     let process = match containers.process(id) {
         Ok(process) => process,
-        Err(error) => return incoming.refuse(&error.to_string(), by).await,
+        Err(error) => {
+            tracing::warn!(process = %id, %error, "session refused");
+            return incoming.refuse(&error.to_string(), by).await;
+        }
     };
     let session = match incoming.accept(by).await {
         Ok(session) => session,

@@ -19,6 +19,7 @@ mod exec;
 #[cfg(test)]
 mod fixture;
 mod forward;
+mod gauges;
 mod pids;
 mod process;
 pub mod rundir;

@@ -131,6 +131,9 @@ impl Sandbox {
         let mut booted = crate::boot::boot(&runtime, &spec, give_up).await?;
         let loopback = booted.loopback.take();
         let sandbox = Self::new(runtime, spec, events, booted);
+        if let Err(error) = crate::gauges::register(&sandbox.runtime.metrics, &sandbox.leases) {
+            tracing::error!(%error, "tasks and leases are not counted");
+        }
         crate::watch::start(&sandbox).await;
         if let Some(listener) = loopback {
             crate::forward::start(&sandbox, listener);

@@ -2,6 +2,8 @@
 //! The metrics of one shim.
 
 use podhull_types::BootTimes;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Error, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -114,6 +116,21 @@ impl Metrics {
         })
     }
 
+    /// A gauge that `fill` sets anew whenever the numbers are read.
+    ///
+    /// # Errors
+    /// If there is one of this name.
+    pub fn computed(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+        fill: impl Fn(&IntGaugeVec) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
+        self.registry.register(Box::new(Computed { gauge, fill }))
+    }
+
     /// Notes the phases of one boot.
     pub fn note_boot(&self, times: &BootTimes) {
         let mut previous = std::time::Duration::ZERO;
@@ -136,6 +153,23 @@ impl Metrics {
     }
 }
 
+struct Computed<F> {
+    gauge: IntGaugeVec,
+    fill: F,
+}
+
+impl<F: Fn(&IntGaugeVec) + Send + Sync> Collector for Computed<F> {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        self.gauge.reset();
+        (self.fill)(&self.gauge);
+        self.gauge.collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -143,6 +177,24 @@ mod tests {
     use podhull_types::BootPhase;
 
     use super::*;
+
+    #[test]
+    fn a_computed_gauge_is_what_it_is_when_it_is_read() {
+        let metrics = Metrics::new().unwrap();
+        let names = std::sync::Arc::new(std::sync::Mutex::new(vec!["a", "b", "a"]));
+        let read = std::sync::Arc::clone(&names);
+        let fill = move |gauge: &IntGaugeVec| {
+            for name in read.lock().unwrap().iter() {
+                gauge.with_label_values(&[*name]).inc();
+            }
+        };
+        metrics.computed("x", "of a test", &["name"], fill).unwrap();
+        let text = metrics.text().unwrap();
+        assert!(text.contains("x{name=\"a\"} 2"), "{text}");
+        names.lock().unwrap().remove(0);
+        let text = metrics.text().unwrap();
+        assert!(text.contains("x{name=\"a\"} 1"), "{text}");
+    }
 
     #[test]
     fn boot_phases_are_told_apart() {

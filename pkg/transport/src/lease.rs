@@ -80,21 +80,34 @@ impl fmt::Display for Holder {
 pub struct HeldLease {
     /// Who holds it.
     pub holder: Holder,
+    /// The other end of the connection that it is held for, once there is one.
+    pub peer: Option<String>,
     /// For how long already.
     pub age: Duration,
 }
 
 impl fmt::Display for HeldLease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} for {:.1} s", self.holder, self.age.as_secs_f64())
+        write!(f, "{}", self.holder)?;
+        if let Some(peer) = &self.peer {
+            write!(f, " with {peer}")?;
+        }
+        write!(f, " for {:.1} s", self.age.as_secs_f64())
     }
+}
+
+#[derive(Debug)]
+struct Entry {
+    holder: Holder,
+    peer: Option<String>,
+    since: Instant,
 }
 
 #[derive(Debug, Default)]
 struct State {
     closing: bool,
     next: u64,
-    held: BTreeMap<u64, (Holder, Instant)>,
+    held: BTreeMap<u64, Entry>,
     /// Woken when nobody holds a lease.
     waiting: Vec<Waker>,
 }
@@ -114,7 +127,12 @@ impl Shared {
     fn enter(this: &Arc<Self>, state: &mut State, holder: Holder) -> Lease {
         let number = state.next;
         state.next += 1;
-        state.held.insert(number, (holder, Instant::now()));
+        let entry = Entry {
+            holder,
+            peer: None,
+            since: Instant::now(),
+        };
+        state.held.insert(number, entry);
         Lease {
             shared: Arc::clone(this),
             number,
@@ -166,9 +184,10 @@ impl LeaseSet {
             .lock()
             .held
             .values()
-            .map(|(holder, since)| HeldLease {
-                holder: holder.clone(),
-                age: since.elapsed(),
+            .map(|entry| HeldLease {
+                holder: entry.holder.clone(),
+                peer: entry.peer.clone(),
+                age: entry.since.elapsed(),
             })
             .collect()
     }
@@ -210,7 +229,14 @@ impl Lease {
     /// Says whom the lease is held for from now on.
     pub fn rename(&self, holder: Holder) {
         if let Some(entry) = self.shared.lock().held.get_mut(&self.number) {
-            entry.0 = holder;
+            entry.holder = holder;
+        }
+    }
+
+    /// Says whom the connection is to.
+    pub(crate) fn connected_to(&self, peer: String) {
+        if let Some(entry) = self.shared.lock().held.get_mut(&self.number) {
+            entry.peer = Some(peer);
         }
     }
 }
@@ -220,7 +246,7 @@ impl Clone for Lease {
         let mut state = self.shared.lock();
         let holder = state.held.get(&self.number).map_or_else(
             || Holder::new(HolderKind::Other, "clone"),
-            |(holder, _)| holder.clone(),
+            |entry| entry.holder.clone(),
         );
         Shared::enter(&self.shared, &mut state, holder)
     }

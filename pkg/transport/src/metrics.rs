@@ -33,6 +33,14 @@ pub static PROTOCOL_ERRORS: LazyLock<IntCounter> = LazyLock::new(|| {
     )
 });
 
+/// Sessions that the guest refused: no such process, nobody listens there.
+pub static REFUSED: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_sessions_refused_total",
+        "Sessions refused by the guest",
+    )
+});
+
 /// Transports that are open now.
 pub static OPEN: LazyLock<IntGauge> = LazyLock::new(|| {
     let name = "podhull_transports_open";
@@ -48,5 +56,6 @@ pub fn register(registry: &Registry) -> Result<(), prometheus::Error> {
     registry.register(Box::new(DROPPED_UNCLOSED.clone()))?;
     registry.register(Box::new(ACCEPT_FAILED.clone()))?;
     registry.register(Box::new(PROTOCOL_ERRORS.clone()))?;
+    registry.register(Box::new(REFUSED.clone()))?;
     registry.register(Box::new(OPEN.clone()))
 }

@@ -129,6 +129,7 @@ impl VsockTransport {
         let socket =
             UnixStream::from_std(socket).map_err(TransportError::io("watch the socket"))?;
         metrics::OPEN.inc();
+        lease.connected_to(peer.to_string());
         Ok(Self {
             conn: Some(Conn::new(Socket(socket), lease)),
             peer,

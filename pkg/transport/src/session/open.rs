@@ -176,8 +176,10 @@ pub async fn open_session(
 /// Counts a peer that does not even begin as it should; the caller, who knows
 /// what it wanted, logs it.
 fn count(error: &SessionError) {
-    if matches!(error, SessionError::Protocol(_) | SessionError::WrongToken) {
-        metrics::PROTOCOL_ERRORS.inc();
+    match error {
+        SessionError::Protocol(_) | SessionError::WrongToken => metrics::PROTOCOL_ERRORS.inc(),
+        SessionError::Refused { .. } => metrics::REFUSED.inc(),
+        SessionError::Lost(_) | SessionError::Closed | SessionError::Deadline(_) => {}
     }
 }
 
