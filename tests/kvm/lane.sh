@@ -155,7 +155,11 @@ run() {
 [ "$(id -u)" = 0 ] || die "the node shows this machine's files to root: run it as root"
 mkdir -p "$CACHE/kvm"
 exec 8>"$CACHE/locks/kvm-lane"
-flock -n 8 || die "another run of this lane holds $CACHE/locks/kvm-lane"
+if ! flock -n 8; then
+  say "waiting for another run of this lane, which holds $CACHE/locks/kvm-lane"
+  flock -w "$LIMIT" 8 || die "another run of this lane still holds $CACHE/locks/kvm-lane after $LIMIT s"
+  SECONDS=0
+fi
 if [ "${1:-}" = -- ]; then
   shift
   [ $# -gt 0 ] || die "-- COMMAND..."
