@@ -14,7 +14,7 @@ build_own() {
   [ -f "$tarball" ] || die "kernel source $tarball is missing: install linux-source-$source_version"
   local version hash store
   version=$(dpkg-query -W -f '${Version}' linux-source-$source_version)
-  hash=$(key "$config" "$version" "$(gcc -dumpfullversion)" "$ROOT/deploy/guest/build-kernel.sh")
+  hash=$(key "$config" "$version" "$(gcc -dumpfullversion)" "$(ld -v)" "$ROOT/deploy/guest/build-kernel.sh")
   store="$CACHE/kernel/$hash"
   if [ ! -f "$store/vmlinux" ]; then
     say "building the guest kernel $version (about 6 minutes on 2 cores)"
