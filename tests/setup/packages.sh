@@ -8,6 +8,11 @@ for program in "cargo:Rust, https://rustup.rs" "go:Go, https://go.dev/dl"; do
   command -v "${program%%:*}" >/dev/null || die "${program%%:*} is not on PATH: install ${program#*:}"
 done
 
+# The manifest says how old Rust may be; cargo would say so only for our crates, after it has built others.
+wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml")
+found=$(rustc --version | cut -d ' ' -f 2)
+printf '%s\n' "$wanted" "$found" | sort -C -V || die "Rust is $found, and podhull needs $wanted or later (https://rustup.rs)"
+
 # package -> why it is needed; printed when it has to be installed.
 PACKAGES=(
   "qemu-system-x86:the VMM that runs each pod"
