@@ -13,6 +13,7 @@ mod case;
 mod cases;
 mod client;
 mod context;
+mod held;
 mod options;
 mod peer;
 mod probe;

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a shim holds while its pod lives.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use podhull_testkit::oracle::descriptors;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+
+use crate::procfs;
+
+const WITHIN: Duration = Duration::from_secs(20);
+
+/// Its descriptors by what they lead to, its threads, and what it counts itself:
+/// tasks, transports, leases, sessions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Held {
+    descriptors: BTreeMap<String, usize>,
+    threads: usize,
+    gauges: BTreeMap<String, i64>,
+}
+
+impl Held {
+    async fn by(shim: u32) -> Result<Self> {
+        Ok(Self {
+            descriptors: descriptors(shim)?,
+            threads: procfs::status(shim, "Threads")?.parse()?,
+            // Last: who reads them has a connection.
+            gauges: gauges(shim).await?,
+        })
+    }
+
+    fn exceeds(&self, other: &Self) -> bool {
+        self.threads > other.threads
+            || any_more(&self.descriptors, &other.descriptors)
+            || any_more(&self.gauges, &other.gauges)
+    }
+
+    /// What the shim holds once that has not changed for a while: containerd
+    /// keeps a forwarded connection for a second after its end.
+    pub(crate) async fn at_rest(shim: u32) -> Result<Self> {
+        const REST: Duration = Duration::from_secs(2);
+        let by = Instant::now() + WITHIN;
+        let (mut last, mut since) = (Self::by(shim).await?, Instant::now());
+        while since.elapsed() < REST {
+            ensure!(Instant::now() < by, "it does not come to rest: {last:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = Self::by(shim).await?;
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+        }
+        Ok(last)
+    }
+
+    /// Waits until the shim holds no more than this again.
+    pub(crate) async fn again(&self, shim: u32) -> Result<()> {
+        let by = Instant::now() + WITHIN;
+        loop {
+            let now = Self::by(shim).await?;
+            if !now.exceeds(self) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+fn any_more<N: PartialOrd + Default>(
+    now: &BTreeMap<String, N>,
+    then: &BTreeMap<String, N>,
+) -> bool {
+    let none = N::default();
+    now.iter()
+        .any(|(name, count)| count > then.get(name).unwrap_or(&none))
+}
+
+/// The run folder of a shim.
+fn run_folder(shim: u32) -> Result<PathBuf> {
+    for folder in fs::read_dir("/run/podhull").context("podhull's run folder")? {
+        let folder = folder?.path();
+        // Another pod's may be on its way out.
+        let Ok(identity) = fs::read(folder.join("shim.json")) else {
+            continue;
+        };
+        let identity: Value = serde_json::from_slice(&identity).context("shim.json")?;
+        if identity["pid"] == shim {
+            return Ok(folder);
+        }
+    }
+    anyhow::bail!("the shim {shim} has no run folder")
+}
+
+/// What the shim's metrics say is there now.
+async fn gauges(shim: u32) -> Result<BTreeMap<String, i64>> {
+    let mut reader = UnixStream::connect(run_folder(shim)?.join("metrics.sock")).await?;
+    let request = b"GET /metrics HTTP/1.1\r\nHost: shim\r\nConnection: close\r\n\r\n";
+    reader.write_all(request).await?;
+    let mut text = String::new();
+    let read = tokio::time::timeout(WITHIN, reader.read_to_string(&mut text));
+    read.await.context("the metrics are not told")??;
+    let (mut found, mut gauge) = (BTreeMap::new(), "");
+    for line in text.lines() {
+        if let Some(kind) = line.strip_prefix("# TYPE ") {
+            // An age grows with nothing else.
+            let counts = kind.strip_suffix(" gauge");
+            gauge = counts
+                .filter(|name| !name.ends_with("_seconds"))
+                .unwrap_or_default();
+        } else if !gauge.is_empty() && line.starts_with(gauge) {
+            let (name, value) = line.rsplit_once(' ').context("a metric")?;
+            found.insert(name.to_owned(), value.parse().context(line.to_owned())?);
+        }
+    }
+    for name in ["podhull_tasks", "podhull_transports_open"] {
+        ensure!(found.contains_key(name), "no {name} among {found:?}");
+    }
+    Ok(found)
+}
