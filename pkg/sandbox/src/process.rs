@@ -46,6 +46,8 @@ pub(crate) struct Process {
     events: EventSink,
     /// When an OOM kill was told last.
     oom_told: Mutex<Option<Instant>>,
+    /// The guest has told its end.
+    ending: AtomicBool,
     /// Somebody deletes it.
     claimed: AtomicBool,
 }
@@ -83,6 +85,7 @@ impl Process {
             io: Mutex::new(Io::None),
             events,
             oom_told: Mutex::new(None),
+            ending: AtomicBool::new(false),
             claimed: AtomicBool::new(false),
         }
     }
@@ -211,6 +214,25 @@ impl Process {
             Io::Relayed(io) => Some(io),
             Io::None | Io::Taken => None,
         }
+    }
+
+    /// Resolves once its output has been read, or will not be.
+    pub(crate) async fn delivered(&self) {
+        let delivered = match &*self.io() {
+            Io::Relayed(io) => io.delivered(),
+            Io::None | Io::Taken => return,
+        };
+        delivered.await;
+    }
+
+    /// Notes that the guest has told its end.
+    pub(crate) fn set_ending(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    /// Whether its end is known and waits for its output.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire) && self.state().exit.is_none()
     }
 
     pub(crate) fn close_stdin(&self) {

@@ -12,6 +12,7 @@ use podhull_transport::{CloseReport, HostSession, StreamReader, StreamWriter};
 use podhull_types::{Deadline, ProcessRef};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +21,10 @@ use crate::spec::Stdio;
 
 /// Time for the last frame of a session whose streams have ended.
 const CLOSE: Duration = Duration::from_secs(2);
+/// Time for a reader to read what stands in its FIFO at the end.
+const READ: Duration = Duration::from_secs(1);
+/// Longest pause between two looks at that.
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// Time for relays that were given up: what they wait for is cut, and closing has
 /// its own time.
 const GIVEN_UP: Duration = Duration::from_secs(5);
@@ -118,6 +123,8 @@ pub(crate) struct IoReport {
 #[derive(Debug)]
 pub(crate) struct ProcessIo {
     stdin_end: Mutex<Option<StdinEnd>>,
+    /// Gone once all output has been read by whoever reads it, or was given up.
+    delivered: watch::Receiver<()>,
     give_up: CancellationToken,
     relays: JoinHandle<IoReport>,
 }
@@ -127,9 +134,13 @@ impl ProcessIo {
     pub(crate) fn start(mut fifos: Fifos, session: HostSession, metrics: &Metrics) -> Self {
         let give_up = CancellationToken::new();
         let stdin_end = Mutex::new(fifos.stdin_end.take());
-        let relays = tokio::spawn(relay(fifos, session, give_up.clone(), metrics.clone()));
+        let (undelivered, delivered) = watch::channel(());
+        let metrics = metrics.clone();
+        let relays = relay(fifos, session, give_up.clone(), metrics, undelivered);
+        let relays = tokio::spawn(relays);
         Self {
             stdin_end,
+            delivered,
             give_up,
             relays,
         }
@@ -145,6 +156,12 @@ impl ProcessIo {
         if let Some(end) = end {
             end.close();
         }
+    }
+
+    /// Resolves once all output has been read, or will not be.
+    pub(crate) fn delivered(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut delivered = self.delivered.clone();
+        async move { while delivered.changed().await.is_ok() {} }
     }
 
     /// Waits until all output is delivered, however slow its reader is; at the
@@ -184,6 +201,7 @@ async fn relay(
     session: HostSession,
     give_up: CancellationToken,
     metrics: Metrics,
+    undelivered: watch::Sender<()>,
 ) -> IoReport {
     let HostSession {
         input,
@@ -201,6 +219,7 @@ async fn relay(
         )
     };
     let (stdout, stderr) = outputs.await;
+    drop(undelivered);
     let complete = stdout.is_ok() && stderr.is_ok();
     for (stream, result) in [("stdout", stdout), ("stderr", stderr)] {
         if let Err(error) = result {
@@ -265,7 +284,13 @@ async fn copy_output(
         let chunk = give_up.run_until_cancelled(from.chunk()).await;
         let chunk = match chunk.unwrap_or_else(|| Err(given_up())) {
             Ok(Some(chunk)) => chunk,
-            Ok(None) => return Ok(()),
+            Ok(None) => {
+                if let Some(fifo) = &fifo {
+                    let read = has_been_read(fifo);
+                    give_up.run_until_cancelled(read).await;
+                }
+                return Ok(());
+            }
             Err(error) => {
                 drop_rest(from.arrived());
                 return Err(error);
@@ -286,6 +311,18 @@ async fn copy_output(
             }
         }
         bytes.inc_by(count);
+    }
+}
+
+/// Waits until a FIFO is empty, at most [`READ`]: containerd 1.6.20 closes the
+/// reading end as soon as it hears of an exit, whatever is still in it. Nothing
+/// tells when it is empty, so it is looked at again.
+async fn has_been_read(fifo: &pipe::Sender) {
+    let by = Deadline::after(READ);
+    let mut pause = Duration::from_millis(1);
+    while !by.passed() && rustix::io::ioctl_fionread(fifo).is_ok_and(|left| left > 0) {
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
     }
 }
 

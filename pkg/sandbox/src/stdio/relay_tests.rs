@@ -184,3 +184,31 @@ async fn dropped_output_is_counted_whole() {
         "most of it did not fit into a FIFO"
     );
 }
+
+/// containerd 1.6.20 stops reading once it hears of the end.
+#[tokio::test]
+async fn output_is_delivered_only_once_it_was_read() {
+    let exec = Exec::with(false, true).await;
+    let mut reader = pipe::OpenOptions::new()
+        .open_receiver(exec.path("stdout"))
+        .unwrap();
+    let mut guest = exec.guest;
+    guest.output.write_all(b"words").await.unwrap();
+    guest.output.shutdown().await.unwrap();
+    guest.error.shutdown().await.unwrap();
+    guest.handle.send_exit(0);
+    reader.readable().await.unwrap();
+    let delivered = exec.io.delivered();
+    tokio::pin!(delivered);
+    let early = Deadline::after(READ / 2).run(&mut delivered).await;
+    assert!(early.is_err(), "it stands in the FIFO");
+    let mut words = [0; 5];
+    reader.read_exact(&mut words).await.unwrap();
+    let soon = Deadline::after(READ / 4).run(&mut delivered).await;
+    assert!(soon.is_ok(), "it was read");
+    let (report, _) = tokio::join!(
+        exec.io.finish(self::soon()),
+        guest.handle.close(self::soon())
+    );
+    assert!(report.complete);
+}

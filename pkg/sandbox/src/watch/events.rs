@@ -7,16 +7,20 @@ use std::time::{Duration, SystemTime};
 
 use podhull_agent_client::AgentError;
 use podhull_api::agent::{self, event};
-use podhull_types::{ContainerId, ExecId, ExitStatus, ProcessRef};
+use podhull_types::{ContainerId, Deadline, ExecId, ExitStatus, ProcessRef};
 use tonic::Streaming;
 
 use super::declare_dead;
 use crate::error::SandboxError;
+use crate::process::Process;
 use crate::sandbox::Sandbox;
 use crate::spec::SandboxEvent;
 
 /// How long after the connection's end the VM's own end may be noticed.
 const DEATH_FOLLOWS: Duration = Duration::from_secs(5);
+/// Most time by which a process's output holds up the word of its end: it may
+/// be a child that writes, and goes on.
+const LAST_WORDS: Duration = Duration::from_millis(1500);
 /// How often in a row a stream may end without having told anything new.
 const IN_VAIN: u32 = 3;
 
@@ -101,7 +105,7 @@ async fn follow(
     }
 }
 
-fn handle(sandbox: &Sandbox, kind: event::Kind) {
+fn handle(sandbox: &Arc<Sandbox>, kind: event::Kind) {
     match kind {
         event::Kind::Exited(exited) => {
             let Some(process) = process_of(&exited.container_id, &exited.exec_id) else {
@@ -110,7 +114,7 @@ fn handle(sandbox: &Sandbox, kind: event::Kind) {
             };
             let exit = exited.exit.unwrap_or_default();
             match sandbox.process(&process) {
-                Ok(process) => process.exited(status(&exit)),
+                Ok(process) => end(sandbox, process, status(&exit)),
                 // Deleted before it was told.
                 Err(error) => tracing::debug!(%error, "exit of a process that is forgotten"),
             }
@@ -127,6 +131,31 @@ fn handle(sandbox: &Sandbox, kind: event::Kind) {
             Err(error) => tracing::warn!(%error, "OOM of a malformed id"),
         },
     }
+}
+
+/// Tells a process's end once its output has been read, or has had its time:
+/// whoever hears of an end may stop reading. A container's end comes behind
+/// those of its added processes.
+fn end(sandbox: &Arc<Sandbox>, process: Arc<Process>, exit: ExitStatus) {
+    process.set_ending();
+    let mut before = sandbox.all_processes();
+    before.retain(|other| {
+        let id = &other.id;
+        let added = process.id.exec.is_none() && id.exec.is_some();
+        added && id.container == process.id.container && other.is_ending()
+    });
+    sandbox.tasks.spawn(async move {
+        let ready = async {
+            process.delivered().await;
+            for added in before {
+                added.wait().await;
+            }
+        };
+        if Deadline::after(LAST_WORDS).run(ready).await.is_err() {
+            tracing::debug!(process = %process.id, "its end is told before its output");
+        }
+        process.exited(exit);
+    });
 }
 
 fn process_of(container: &str, exec: &str) -> Option<ProcessRef> {
