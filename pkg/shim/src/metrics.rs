@@ -13,7 +13,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use podhull_telemetry::Metrics;
-use podhull_types::Deadline;
+use podhull_types::{Deadline, accept_again};
 use tokio::net::UnixListener;
 
 /// Prometheus' text format.
@@ -47,9 +47,10 @@ pub(crate) async fn serve(listener: &UnixListener, metrics: &Metrics) -> Infalli
                 }
             }
             Err(error) => {
-                // Out of descriptors, say: it passes, and must not be spun on.
                 tracing::warn!(%error, "metrics: accept");
-                tokio::time::sleep(READER).await;
+                if !accept_again(&error).await {
+                    return std::future::pending().await;
+                }
             }
         }
     }
