@@ -11,6 +11,8 @@ use podhull_types::{ContainerId, ExecId, Token, VsockPort};
 use tokio::io::AsyncReadExt;
 
 use super::*;
+use crate::process::Process;
+use crate::spec::EventSink;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(20))
@@ -211,4 +213,21 @@ async fn output_is_delivered_only_once_it_was_read() {
         guest.handle.close(self::soon())
     );
     assert!(report.complete);
+}
+
+/// A teardown, or a delete, has been here: nobody would end what comes after it.
+#[tokio::test]
+async fn streams_that_come_behind_the_end_are_given_back() {
+    let exec = Exec::with(false, true).await;
+    let events = EventSink::new(|_| {});
+    let id = ProcessRef::init(ContainerId::new("c1").unwrap());
+    let process = Process::new(id, 7, Stdio::default(), false, events);
+    assert!(process.take_io().is_none());
+    let late = process.attach_io(exec.io).unwrap_err();
+    let (report, closed) = tokio::join!(
+        late.finish(Deadline::after(Duration::ZERO)),
+        exec.guest.handle.closed()
+    );
+    assert_eq!(closed, ());
+    assert!(!report.complete);
 }

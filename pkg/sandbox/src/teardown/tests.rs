@@ -5,6 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
+use podhull_transport::SessionTarget;
+use podhull_types::{ContainerId, ProcessRef};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -72,4 +74,25 @@ async fn a_boot_after_the_end_began_is_refused_by_name() {
     );
     // Nothing was made for it.
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// Who passed the check before the teardown began.
+#[tokio::test]
+async fn l10_a_dial_behind_the_teardowns_begin_gets_no_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let sessions = tokio::net::UnixListener::bind(folder.path().join("vsock")).unwrap();
+    let (sandbox, _silent_agent) = fixture::sandbox(folder.path(), at_once()).await;
+    let stops = tokio::spawn({
+        let sandbox = Arc::clone(&sandbox);
+        async move { sandbox.stop(Deadline::after(Duration::from_secs(1))).await }
+    });
+    let mut phase = sandbox.phase.subscribe();
+    let begun = phase.wait_for(|phase| matches!(phase, Phase::Stopping));
+    assert!(begun.await.is_ok());
+    let process = ProcessRef::init(ContainerId::new("c1").unwrap());
+    let dialled = sandbox.dial_session(&SessionTarget::Process(process)).await;
+    assert!(dialled.is_err());
+    let came = Deadline::after(Duration::ZERO).run(sessions.accept()).await;
+    assert!(came.is_err(), "it was connected");
+    assert!(stops.await.is_ok());
 }
