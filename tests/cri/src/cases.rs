@@ -6,6 +6,7 @@ mod churn;
 mod concurrency;
 mod confinement;
 mod container;
+mod dead;
 mod event;
 mod exec;
 mod fault;
@@ -18,6 +19,7 @@ mod node;
 mod oci;
 mod oracle;
 mod pod;
+mod port_cut;
 mod port_forward;
 mod process;
 mod reader;
@@ -29,6 +31,7 @@ mod shim;
 mod stats;
 mod stranger;
 mod stream_attach;
+mod stream_ends;
 mod stream_exec;
 mod stream_load;
 mod task;
@@ -57,8 +60,10 @@ pub(crate) fn all() -> Vec<Case> {
         session::cases(),
         reader::cases(),
         stream_exec::cases(),
+        stream_ends::cases(),
         stream_attach::cases(),
         port_forward::cases(),
+        port_cut::cases(),
         stranger::cases(),
         stream_load::cases(),
         event::cases(),
@@ -68,6 +73,7 @@ pub(crate) fn all() -> Vec<Case> {
         vsock_id::cases(),
         churn::cases(),
         fault::cases(),
+        dead::cases(),
         hung::cases(),
         killed::cases(),
         restart::cases(),

@@ -21,7 +21,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::context::Context;
 use crate::stream;
 
-/// How much the server's `source` and `half` send.
+/// How much the server's `source`, `half` and `cut` send.
 pub(crate) const SIZE: usize = 1 << 20;
 /// Nothing that is waited for takes longer.
 const WITHIN: Duration = Duration::from_secs(30);
@@ -234,10 +234,15 @@ pub(crate) async fn rest(stream: &mut TcpStream) -> Result<Vec<u8>> {
 
 /// Waits for a reset; what came before is left aside.
 pub(crate) async fn is_reset(stream: &mut TcpStream) -> Result<()> {
+    rest_to_reset(stream).await.map(drop)
+}
+
+/// Everything up to a reset.
+pub(crate) async fn rest_to_reset(stream: &mut TcpStream) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = tokio::time::timeout(WITHIN, stream.read_to_end(&mut bytes)).await;
     match read.context("neither end nor reset")? {
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(bytes),
         other => bail!("no reset but {other:?}, after {} bytes", bytes.len()),
     }
 }

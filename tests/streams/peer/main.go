@@ -8,6 +8,7 @@
 //	source  sends SIZE bytes and ends
 //	half    sends SIZE bytes, ends its side, reads to the end
 //	reset   reads a byte and resets
+//	cut     sends SIZE bytes, reads a byte and resets
 //	late    reads nothing for three seconds, then as sink
 //
 // It says "ready" once it listens everywhere, and a line per connection:
@@ -29,7 +30,7 @@ import (
 	"time"
 )
 
-// Size is what source and half send: 32-bit numbers from 0 on, big endian.
+// Size is what source, half and cut send: 32-bit numbers from 0 on, big endian.
 const Size = 1 << 20
 
 func main() {
@@ -100,6 +101,11 @@ func handle(mode string, tcp *net.TCPConn, seen *count) error {
 		}
 		_, err := io.Copy(io.Discard, from)
 		return err
+	case "cut":
+		if _, err := tcp.Write(numbers()); err != nil {
+			return err
+		}
+		fallthrough
 	case "reset":
 		if _, err := from.Read(make([]byte, 1)); err != nil {
 			return err

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Attaches in a row, at once, and across a restart of containerd.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -16,7 +17,8 @@ use crate::stream::Session;
 
 cases! {
     ALL:
-        attach_across_a_restart_of_containerd_loses_nothing;
+        attach_across_a_restart_of_containerd_loses_nothing,
+        attach_across_a_killed_containerd_keeps_what_is_on_its_way;
     ALL_TWICE:
         attach_again_and_at_once_reaches_the_same_process,
         attach_at_once_to_a_terminal_shares_it,
@@ -234,5 +236,65 @@ async fn attach_across_a_restart_of_containerd_loses_nothing(t: &Context) -> Res
     let all = following(&(log.text() + "\n"))?;
     same!(all.first(), Some(&1));
     same!(log.error_text(), "before\nafter");
+    Ok(())
+}
+
+/// What is written when nobody reads: several times the buffer of a FIFO.
+const LINES: u32 = 40_000;
+/// Of these, what fits in it: the process gets that far without a reader.
+const FIT: u32 = 10_000;
+
+async fn attach_across_a_killed_containerd_keeps_what_is_on_its_way(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let folder = t.new_folder("data")?;
+    let mut attached = Vec::new();
+    for (name, tty) in [("pipes", false), ("terminal", true)] {
+        let script = format!(
+            "echo up; until [ -e /data/go ]; do sleep 0.1; done; seq {FIT}; echo >/data/{name}; \
+             seq {} {LINES}; while read line; do echo \"got $line\"; done",
+            FIT + 1
+        );
+        let container = t
+            .container(&pod, name)
+            .shell(&script)
+            .mount(&folder, "/data", false)
+            .edit(|config| {
+                config.stdin = true;
+                config.tty = tty;
+            })
+            .start()
+            .await?;
+        container.wrote("up", WITHIN).await?;
+        let session = Session::attach(&container, tty).await?;
+        attached.push((name, tty, container, session));
+    }
+    {
+        let mut containerd = t.containerd_mut().await;
+        containerd.stop(Signal::SIGKILL).await?;
+        t.new_file("data/go", "")?;
+        let by = Instant::now() + WITHIN;
+        for (name, ..) in &attached {
+            while !Path::new(&folder).join(name).exists() {
+                ensure!(Instant::now() < by, "{name}: nothing is written");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        containerd.start_again().await?;
+    }
+    for (name, tty, container, mut before) in attached {
+        // The client's connection has ended with containerd, on whichever word.
+        before.ended().await?;
+        // A terminal's echo of what is asked would be between them.
+        container.wrote(&LINES.to_string(), WITHIN).await?;
+        let mut after = Session::attach(&container, tty).await?;
+        after.ask("word\n", "got word").await?;
+        let log = container.wrote("got word", WITHIN).await?.text();
+        let numbers = log.lines().filter_map(|line| line.trim().parse().ok());
+        let numbers: Vec<u32> = numbers.collect();
+        let first_gap = (1..).zip(&numbers).find(|(number, got)| number != *got);
+        same!(first_gap, None, "{name}: the first line that differs");
+        same!(numbers.len(), usize::try_from(LINES)?, "{name}: lines");
+        after.close().await?;
+    }
     Ok(())
 }

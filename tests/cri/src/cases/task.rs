@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What containerd's own client can ask of a task, and CRI cannot.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use podhull_testkit::cri::Container;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::case::{cases, contains, same};
 use crate::context::{Context, refusal};
@@ -13,7 +15,8 @@ cases! {
     ALL:
         task_pause_freezes_until_resume,
         task_paused_is_stopped_all_the_same,
-        task_processes_are_listed;
+        task_processes_are_listed,
+        task_kill_of_an_exec_ends_just_that;
 }
 
 /// How long a frozen container must be silent to be believed.
@@ -96,5 +99,58 @@ async fn task_processes_are_listed(t: &Context) -> Result<()> {
         same!(pids.len(), 2, "the shell and its sleep: {list}");
     }
     same!(pod.is_ready().await?, true);
+    Ok(())
+}
+
+async fn task_kill_of_an_exec_ends_just_that(t: &Context) -> Result<()> {
+    let (pod, container) = t.idle().await?;
+    let containerd = t.containerd().await;
+    let fifos = t.new_folder("fifos")?;
+    // What catches a signal tells of it: it is the one that was sent.
+    let script = "trap 'echo caught; exit 9' TERM; echo up; while :; do sleep 0.1; done";
+    let mut execs = Vec::new();
+    for name in ["killed", "other"] {
+        let args = ["tasks", "exec", "--exec-id", name, "--fifo-dir", &fifos];
+        let args = [&args[..], &[container.id(), "sh", "-c", script]].concat();
+        let mut ctr = containerd
+            .ctr_command(&args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut stdout = BufReader::new(ctr.stdout.take().context("stdout")?);
+        let mut line = String::new();
+        let read = tokio::time::timeout(WITHIN, stdout.read_line(&mut line));
+        read.await.with_context(|| format!("{name} is silent"))??;
+        same!(line, "up\n");
+        execs.push((ctr, stdout));
+    }
+    for (name, signal, said, code) in [
+        ("killed", "SIGTERM", "caught\n", 9),
+        ("other", "SIGKILL", "", 137),
+    ] {
+        let (mut ctr, mut stdout) = execs.remove(0);
+        let kill = ["tasks", "kill", "--exec-id", name, "--signal", signal];
+        containerd
+            .ctr(&[&kill[..], &[container.id()]].concat())
+            .await?;
+        let mut rest = String::new();
+        let ended = async {
+            stdout.read_to_string(&mut rest).await?;
+            ctr.wait().await
+        };
+        let ended = tokio::time::timeout(WITHIN, ended).await;
+        let status = ended.with_context(|| format!("{name} goes on"))??;
+        same!((&*rest, status.code()), (said, Some(code)), "{name}");
+        // Neither the container nor the other exec, as long as it is there.
+        for (ctr, _) in &mut execs {
+            same!(ctr.try_wait()?, None, "the other exec");
+        }
+        same!(listed(t, &container).await?.1, "RUNNING");
+    }
+    let unknown = ["tasks", "kill", "--exec-id", "nobody", container.id()];
+    refusal(containerd.ctr(&unknown).await, "a kill of an unknown exec")?;
+    container.exec(["true"]).await?.success()?;
+    ensure!(pod.is_ready().await?, "the pod ended");
     Ok(())
 }

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Forwarded connections that are reset with bytes on their way, and many ports
+//! over one WebSocket.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::socket::{setsockopt, sockopt};
+use podhull_testkit::pod_netns;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::case::{cases, same};
+use crate::context::Context;
+use crate::peer::{SIZE, Spdy, WebSocket, numbers, rest, rest_to_reset, serve, sum};
+
+cases! {
+    ALL_TWICE:
+        forward_of_many_ports_over_one_websocket,
+        forward_reset_with_bytes_on_their_way_cuts_only_those;
+}
+
+const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const WITHIN: Duration = Duration::from_secs(20);
+
+async fn forward_of_many_ports_over_one_websocket(t: &Context) -> Result<()> {
+    const PORTS: [u16; 9] = [8001, 8002, 8003, 8004, 8005, 8006, 8007, 8008, 8009];
+    let pod = t.ready_pod().await?;
+    let servers = PORTS.map(|port| format!("echo=127.0.0.1:{port}"));
+    serve(t, &pod, "server", &servers.each_ref().map(String::as_str)).await?;
+    let mut socket = WebSocket::forward(t, &pod, &PORTS).await?;
+    // Each has its own bytes, all of them at once.
+    let all = numbers(20_000 + 4 * PORTS.len());
+    let own = |index: usize| &all[4 * index..4 * index + 20_000];
+    for index in 0..PORTS.len() {
+        socket.send(u8::try_from(index)?, own(index)).await?;
+    }
+    let whole = socket
+        .until(|ports| ports.iter().all(|port| port.data.len() >= 20_000))
+        .await?;
+    ensure!(whole, "ended early");
+    for index in 0..PORTS.len() {
+        let port = socket.port(index)?;
+        ensure!(port.data == own(index), "the bytes of port {index} differ");
+        same!(String::from_utf8_lossy(&port.error), "");
+    }
+    Ok(())
+}
+
+/// Reads what has come so far, and makes the server go on.
+async fn read_some(stream: &mut TcpStream, count: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; count];
+    let read = tokio::time::timeout(WITHIN, stream.read_exact(&mut bytes)).await;
+    read.context("the server's bytes do not come")??;
+    stream.write_all(b"x").await?;
+    Ok(bytes)
+}
+
+async fn forward_reset_with_bytes_on_their_way_cuts_only_those(t: &Context) -> Result<()> {
+    const SOME: usize = 100_000;
+    let pod = t.ready_pod().await?;
+    let servers = ["cut=127.0.0.1:8001", "late=127.0.0.1:8002"];
+    let server = serve(t, &pod, "server", &servers).await?;
+    let namespace = pod_netns::open()?;
+
+    // The server resets: what has arrived is whole, then the client sees a reset.
+    let mut stream = pod_netns::connect(&namespace, V4, 8001).await?;
+    let mut came = read_some(&mut stream, SOME).await?;
+    came.extend(
+        rest_to_reset(&mut stream)
+            .await
+            .context("a server that resets")?,
+    );
+    ensure!(
+        numbers(SIZE).starts_with(&came),
+        "the server's bytes differ"
+    );
+
+    // containerd has no reset for its client, but an end.
+    let spdy = Spdy::forward(t, &pod, 8001).await?;
+    let mut stream = spdy.connect().await?;
+    let mut came = read_some(&mut stream, SOME).await?;
+    // Bytes that came before an error are not told apart from none.
+    came.extend(rest(&mut stream).await.unwrap_or_default());
+    ensure!(
+        numbers(SIZE).starts_with(&came),
+        "the server's bytes differ over SPDY"
+    );
+    spdy.end().await?;
+
+    // The client resets, and the server has not begun to read.
+    let bytes = numbers(2 * SOME);
+    let mut stream = pod_netns::connect(&namespace, V4, 8002).await?;
+    stream.write_all(&bytes).await?;
+    let at_once = nix::libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(&stream, sockopt::Linger, &at_once)?;
+    drop(stream);
+    let log = server.wrote("late reset ", WITHIN).await?.text();
+    let line = log
+        .lines()
+        .find_map(|line| line.strip_prefix("late reset "));
+    let line = line.context("no line of the server")?;
+    let (count, _) = line.split_once(' ').context("no count")?;
+    let count: usize = count.parse().context(line.to_owned())?;
+    let seen = bytes.get(..count).context("more than was sent")?;
+    same!(line, sum(seen), "what the server saw");
+    Ok(())
+}
