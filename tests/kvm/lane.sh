@@ -15,7 +15,7 @@ SMOKE="--handler podhull-sandbox lifecycle_stop_and_remove_end exec_exit forward
 # Not network_large: 32 MB take longer here (0.3 MB/s) than an exec may.
 FILTER=${FILTER:-$ITS_OWN lifecycle_stop exec_commands exec_exit exec_by exec_end attach_again network_addresses network_containers
   network_pods network_host confinement_ forward_reaches forward_to forward_half_closed_goes forward_reset forward_ends
-  load_stopped fault_killed hung_shim}
+  stranger_ load_stopped load_on_a_frozen fault_killed fault_frozen dead_vmm_ends hung_shim}
 # With two, VMs of the node crash or stall now and then (tests/README.md).
 CPUS=1
 MEMORY=4096

@@ -26,7 +26,7 @@ cases! {
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// The id of a pod's guest, by its VMM's arguments.
-fn id_of(processes: &Processes) -> Result<u32> {
+pub(super) fn id_of(processes: &Processes) -> Result<u32> {
     let vmm = processes.pid(Role::Vmm)?;
     let arguments = fs::read(format!("/proc/{vmm}/cmdline")).context("read the arguments")?;
     let arguments = String::from_utf8_lossy(&arguments);
