@@ -229,7 +229,7 @@ async fn l6_strangers_are_turned_away_until_the_agent_comes() {
     let leases = LeaseSet::new("vm");
     let vm = folder.path().join("vm");
     let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
-    let socket = folder.path().join("vm_1024");
+    let socket = folder.path().join(format!("vm_{}", VsockPort::READY));
     let guest = tokio::spawn(async move {
         drop(UnixStream::connect(&socket).await.unwrap());
         let stranger = UnixStream::connect(&socket).await.unwrap();
@@ -273,7 +273,7 @@ async fn l6_a_silent_stranger_does_not_keep_the_agent_waiting() {
     let leases = LeaseSet::new("vm");
     let vm = folder.path().join("vm");
     let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
-    let socket = folder.path().join("vm_1024");
+    let socket = folder.path().join(format!("vm_{}", VsockPort::READY));
     let _silent = UnixStream::connect(&socket).await.unwrap();
     let mut agent = UnixStream::connect(&socket).await.unwrap();
     agent.write_all(b"PHREADY1").await.unwrap();

@@ -196,12 +196,18 @@ mod tests {
         let leases = LeaseSet::new("vm");
         let vm = folder.path().join("vm");
         let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
-        let mut client = UnixStream::connect(folder.path().join("vm_1024"))
-            .await
-            .unwrap();
+        let mut client =
+            UnixStream::connect(folder.path().join(format!("vm_{}", VsockPort::READY)))
+                .await
+                .unwrap();
         let transport = listener.accept().await.unwrap();
         assert!(listener.close(soon()).await.is_clean());
-        assert!(!folder.path().join("vm_1024").exists());
+        assert!(
+            !folder
+                .path()
+                .join(format!("vm_{}", VsockPort::READY))
+                .exists()
+        );
         client.write_all(b"x").await.unwrap();
         let mut io = transport.io().unwrap();
         assert_eq!(io.read_u8().await.unwrap(), b'x');
@@ -218,7 +224,7 @@ mod tests {
         let listener =
             VsockListener::bind_hybrid(&vm, VsockPort::READY, LeaseSet::new("vm")).unwrap();
         drop(
-            UnixStream::connect(folder.path().join("vm_1024"))
+            UnixStream::connect(folder.path().join(format!("vm_{}", VsockPort::READY)))
                 .await
                 .unwrap(),
         );
@@ -234,7 +240,7 @@ mod tests {
         let leases = LeaseSet::new("vm");
         let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
         leases.close();
-        let _client = UnixStream::connect(folder.path().join("vm_1024"))
+        let _client = UnixStream::connect(folder.path().join(format!("vm_{}", VsockPort::READY)))
             .await
             .unwrap();
         assert!(matches!(

@@ -19,7 +19,7 @@ async fn l7_a_failed_accept_does_not_end_the_loop() {
     let vm = folder.path().join("vm");
     let leases = LeaseSet::new("vm");
     let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
-    let mut client = UnixStream::connect(folder.path().join("vm_1024"))
+    let mut client = UnixStream::connect(folder.path().join(format!("vm_{}", VsockPort::READY)))
         .await
         .unwrap();
     client.write_all(b"patient").await.unwrap();

@@ -12,7 +12,11 @@ impl VsockPort {
     pub const SESSIONS: Self = Self(1025);
     /// Where the host accepts READY when the VMM gives each VM a port space of
     /// its own (hybrid sockets). With AF_VSOCK the kernel chooses one.
-    pub const READY: Self = Self(1024);
+    ///
+    /// Far from 0: vhost-device-vsock 0.3 numbers the host's connections from
+    /// there, and refuses every one for good once that number is a port to which
+    /// the guest has a connection, as it has to this one for all of its life.
+    pub const READY: Self = Self(1 << 30);
     /// The word on the guest kernel's command line that names the host's port
     /// for READY.
     pub const READY_WORD: &str = "podhull.ready_port=";

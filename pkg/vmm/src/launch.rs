@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use podhull_transport::{GuestAddress, LeaseSet, VsockListener};
-use podhull_types::{Deadline, chain};
+use podhull_types::{Deadline, VsockPort, chain};
 use tokio::sync::watch;
 
 use crate::accel::Acceleration;
@@ -41,7 +41,7 @@ const ASKED: Duration = Duration::from_secs(1);
 /// Least time for reaping what was killed.
 const KILLED: Duration = Duration::from_secs(2);
 /// Files that children make in the VM's folder.
-const FILES: [&str; 4] = ["vsock", "vsock_1024", "vhost", "fs"];
+const FILES: [&str; 3] = ["vsock", "vhost", "fs"];
 /// Mount points of the jails.
 const ROOTS: [&str; 2] = ["root-qemu", "root-vsock"];
 
@@ -378,13 +378,11 @@ pub async fn sweep(
     if let Some(cgroup) = cgroup {
         first = cgroup.remove(by).await;
     }
-    let files = FILES.map(|name| (run_dir.join(name), false));
+    let ready = format!("vsock_{}", VsockPort::READY);
+    let files = FILES.into_iter().chain([ready.as_str()]);
+    let files = files.map(|name| (run_dir.join(name), false));
     let folders = ROOTS.map(|name| (run_dir.join(name), true));
-    for (path, is_folder) in files
-        .into_iter()
-        .chain(folders)
-        .chain([(run_dir.into(), true)])
-    {
+    for (path, is_folder) in files.chain(folders).chain([(run_dir.into(), true)]) {
         let removed = if is_folder {
             fs::remove_dir(&path)
         } else {
