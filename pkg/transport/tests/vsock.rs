@@ -8,15 +8,19 @@
     reason = "a test"
 )]
 
+use std::future::pending;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use podhull_transport::{
-    Closing, GuestAddress, Holder, HolderKind, Lease, LeaseSet, SessionTarget, TransportError,
-    VsockListener, VsockTransport, open_session, receive_session,
+    Closing, GuestAddress, GuestSession, Holder, HolderKind, HostSession, Lease, LeaseSet,
+    SessionError, SessionTarget, TransportError, VsockListener, VsockTransport, open_session,
+    receive_session, reset,
 };
 use podhull_types::{Cid, Deadline, Token, VsockPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 /// `VMADDR_CID_LOCAL` of linux/vm_sockets.h.
 const LOCAL: Cid = Cid(1);
@@ -50,6 +54,29 @@ async fn connected(leases: &LeaseSet) -> (VsockTransport, VsockTransport) {
     let (dialled, accepted) = tokio::join!(dial(leases, listener.port()), listener.accept());
     assert!(listener.close(soon()).await.is_clean());
     (dialled.unwrap(), accepted.unwrap())
+}
+
+fn token() -> Token {
+    Token::from_bytes([3; Token::LEN])
+}
+
+/// A session, and the VM that it is of.
+async fn session(leases: &LeaseSet) -> (HostSession, GuestSession) {
+    let (host, guest) = connected(leases).await;
+    let (token, target) = (token(), SessionTarget::Forward { port: 80 });
+    let receive = async {
+        let incoming = receive_session(guest, &token, soon()).await.unwrap();
+        incoming.accept(soon()).await.unwrap()
+    };
+    let (host, guest) = tokio::join!(open_session(host, &token, &target, soon()), receive);
+    (host.unwrap(), guest)
+}
+
+async fn tcp() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let connect = TcpStream::connect(listener.local_addr().unwrap());
+    let (connected, accepted) = tokio::join!(connect, listener.accept());
+    (connected.unwrap(), accepted.unwrap().0)
 }
 
 /// Runs `test`, or says why not.
@@ -128,6 +155,38 @@ fn l2_a_duplicate_reads_on_after_the_original_was_closed() {
         drop((copy, io));
         assert!(duplicate.close(soon()).await.is_clean());
         assert!(other.close(soon()).await.is_clean());
+    });
+}
+
+#[test]
+fn l3_close_wakes_a_blocked_reader_and_a_blocked_writer() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        let (mut reads, mut writes) = (one.io().unwrap(), other.io().unwrap());
+        let writer = tokio::spawn(async move { writes.write_all(&vec![0; 64 << 20]).await });
+        // It is under way, and nobody reads on.
+        reads.read_exact(&mut vec![0; 1 << 20]).await.unwrap();
+        assert!(other.close(soon()).await.is_clean());
+        assert!(writer.await.unwrap().is_err());
+        // What was under way comes, and then the end of it.
+        reads.read_to_end(&mut Vec::new()).await.unwrap();
+        drop(reads);
+        assert!(one.close(soon()).await.is_clean());
+
+        let (one, other) = connected(&leases).await;
+        let mut reads = one.io().unwrap();
+        let (blocked, begun) = tokio::sync::oneshot::channel();
+        let reader = tokio::spawn(async move {
+            blocked.send(()).unwrap();
+            reads.read(&mut [0]).await
+        });
+        begun.await.unwrap();
+        assert!(one.close(soon()).await.is_clean());
+        let error = reader.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
+        assert!(other.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
     });
 }
 
@@ -214,7 +273,7 @@ fn a_session_ends_with_its_exit_code_and_the_rest_of_its_bytes() {
     with_loopback(async {
         let leases = LeaseSet::new("vm");
         let (host, guest) = connected(&leases).await;
-        let token = Token::from_bytes([3; Token::LEN]);
+        let token = token();
         let target = SessionTarget::Forward { port: 80 };
         let serve = async {
             let incoming = receive_session(guest, &token, soon()).await.unwrap();
@@ -244,6 +303,129 @@ fn a_session_ends_with_its_exit_code_and_the_rest_of_its_bytes() {
             assert!(session.handle.close(soon()).await.is_clean());
         };
         tokio::join!(serve, ask);
+        assert!(leases.held().is_empty());
+    });
+}
+
+#[test]
+fn l8_a_forwarded_connection_half_closes_and_is_reset() {
+    with_loopback(async {
+        let bytes: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+        for cut in [false, true] {
+            let leases = LeaseSet::new("vm");
+            let (host, guest) = session(&leases).await;
+            let ((mut client, local), (mut server, to_server)) = tokio::join!(tcp(), tcp());
+            let relays = async {
+                tokio::join!(
+                    host.relay_until(local, pending(), pending()),
+                    guest.relay(to_server, pending())
+                )
+            };
+            let talk = async {
+                let ask = async {
+                    client.write_all(&bytes).await.unwrap();
+                    client.shutdown().await.unwrap();
+                };
+                let mut asked = Vec::new();
+                let (read, ()) = tokio::join!(server.read_to_end(&mut asked), ask);
+                read.unwrap();
+                assert!(asked == bytes, "the question differs");
+                if cut {
+                    reset(server);
+                    let error = client.read_u8().await.unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+                    return;
+                }
+                let answer = async {
+                    server.write_all(&bytes).await.unwrap();
+                    server.shutdown().await.unwrap();
+                };
+                let mut answered = Vec::new();
+                let (read, ()) = tokio::join!(client.read_to_end(&mut answered), answer);
+                read.unwrap();
+                assert!(answered == bytes, "the answer differs");
+            };
+            let ((host, guest), ()) = tokio::join!(relays, talk);
+            assert!(host.closed.is_clean() && guest.closed.is_clean());
+            assert_eq!((host.cut.is_some(), guest.cut.is_some()), (cut, cut));
+            assert!(leases.held().is_empty());
+        }
+    });
+}
+
+#[test]
+fn l9_close_ends_every_waiter_and_then_the_transport() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (mut host, guest) = session(&leases).await;
+        let mut output = host.output;
+        let reader = tokio::spawn(async move { output.read(&mut [0; 16]).await });
+        let writer = tokio::spawn(async move { host.input.write_all(&vec![0; 8 << 20]).await });
+        let report = host.handle.close(soon()).await;
+        assert!(report.is_clean(), "{report}");
+        let steps: Vec<_> = report.steps().map(|(step, _)| step).collect();
+        assert_eq!(steps, ["session", "transport"], "the streams first");
+        let ended = reader.await.unwrap().unwrap_err();
+        assert_eq!(ended.kind(), ErrorKind::ConnectionReset);
+        let cut = writer.await.unwrap().unwrap_err();
+        assert_eq!(cut.kind(), ErrorKind::BrokenPipe);
+        assert!(guest.handle.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    });
+}
+
+/// Bytes by hand: a frame's kind, stream, two zeros, the length.
+#[test]
+fn bad_input_ends_its_own_session_and_no_other() {
+    const HELLO: u8 = 1;
+    const ACCEPT: u8 = 2;
+    const DATA: u8 = 4;
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (mut good, mut good_guest) = session(&leases).await;
+        let greeting = |token: u8| {
+            let payload = [&[1, 0][..], &[token; Token::LEN], &[2, 80, 0]].concat();
+            let length = u32::try_from(payload.len()).unwrap().to_le_bytes();
+            [&[HELLO, 0, 0, 0][..], &length, &payload].concat()
+        };
+        for (what, bytes) in [
+            ("a wrong token", greeting(4)),
+            ("no greeting", vec![DATA, 1, 0, 0, 1, 0, 0, 0, b'x']),
+            ("another protocol", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
+            ("an endless frame", vec![HELLO, 0, 0, 0, 255, 255, 255, 255]),
+        ] {
+            let (bad, guest) = connected(&leases).await;
+            bad.io().unwrap().write_all(&bytes).await.unwrap();
+            let received = receive_session(guest, &token(), soon()).await;
+            assert!(received.is_err(), "{what} gets a session");
+            let mut said = Vec::new();
+            // An end, or a reset: what was not read is gone.
+            drop(bad.io().unwrap().read_to_end(&mut said).await);
+            assert_eq!(said, [], "{what} gets an answer");
+            assert!(bad.close(soon()).await.is_clean());
+        }
+        // A guest that breaks the rules once it has a session: bytes of no stream.
+        let (host, bad) = connected(&leases).await;
+        let accept = [ACCEPT, 0, 0, 0, 0, 0, 0, 0];
+        let breach = [DATA, 9, 0, 0, 1, 0, 0, 0, b'x'];
+        let mut io = bad.io().unwrap();
+        io.write_all(&[&accept[..], &breach].concat())
+            .await
+            .unwrap();
+        let target = SessionTarget::Forward { port: 80 };
+        let mut host = open_session(host, &token(), &target, soon()).await.unwrap();
+        assert!(host.output.read(&mut [0]).await.is_err());
+        let lost = host.handle.exit().await.unwrap_err();
+        assert!(matches!(lost, SessionError::Protocol { .. }), "{lost:?}");
+        drop((io, host.handle.close(soon()).await));
+        assert!(bad.close(soon()).await.is_clean());
+
+        good.input.write_all(b"still").await.unwrap();
+        let mut word = [0; 5];
+        good_guest.input.read_exact(&mut word).await.unwrap();
+        assert_eq!(&word, b"still");
+        assert!(good.handle.close(soon()).await.is_clean());
+        assert!(good_guest.handle.close(soon()).await.is_clean());
         assert!(leases.held().is_empty());
     });
 }
