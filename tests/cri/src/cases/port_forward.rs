@@ -23,6 +23,7 @@ cases! {
         forward_to_a_closed_port_fails_at_once;
     ALL_TWICE:
         forward_of_a_hundred_connections_is_whole,
+        forward_of_a_thousand_connections_in_a_row_does_not_end,
         forward_half_closed_goes_on_to_the_end,
         forward_half_closed_through_containerd_is_as_with_runc,
         forward_reset_reaches_the_other_side,
@@ -169,6 +170,20 @@ async fn forward_of_a_hundred_connections_is_whole(t: &Context) -> Result<()> {
     try_join_all(echoing).await?;
     drop(streams);
     same!(spdy.end().await?, "", "what the client says");
+    Ok(())
+}
+
+/// The vsock daemon numbers a pod's connections, and once met a number of ours.
+async fn forward_of_a_thousand_connections_in_a_row_does_not_end(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    serve(t, &pod, "server", &["echo=127.0.0.1:8001"]).await?;
+    let namespace = pod_netns::open()?;
+    for number in 0..1100 {
+        let mut stream = pod_netns::connect(&namespace, V4, 8001).await?;
+        echoes(&mut stream, b"hello")
+            .await
+            .with_context(|| format!("connection {number}"))?;
+    }
     Ok(())
 }
 
