@@ -105,12 +105,12 @@ async fn end(shim: &Running, run_dir: &RunDir, by: Deadline) -> Result<(), ShimE
         Ok(answer) => tracing::info!(pid = shim.pid, ?answer, "asked the shim to end"),
         Err(_) => tracing::warn!(pid = shim.pid, "the shim does not answer"),
     }
-    if shim.ends_by(asked) {
+    if shim.ends_by(asked).await {
         return Ok(());
     }
     tracing::warn!(pid = shim.pid, "the shim does not end and is killed");
     shim.kill();
-    if shim.ends_by(by.at_most(DIES)) {
+    if shim.ends_by(by.at_most(DIES)).await {
         Ok(())
     } else {
         Err(ShimError::Stays(shim.pid))

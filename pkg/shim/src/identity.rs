@@ -11,6 +11,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use podhull_types::Deadline;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::error::ShimError;
 
@@ -57,8 +59,7 @@ impl Identity {
             pid: self.pid,
             pidfd,
         };
-        let ended = running.ends_by(Deadline::after(std::time::Duration::ZERO));
-        (!ended).then_some(running)
+        (!running.has_ended()).then_some(running)
     }
 }
 
@@ -70,11 +71,23 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Waits for its end. Blocks the thread.
-    pub(crate) fn ends_by(&self, by: Deadline) -> bool {
-        let timeout = PollTimeout::try_from(by.remaining()).unwrap_or(PollTimeout::MAX);
+    fn has_ended(&self) -> bool {
         let mut watched = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        poll(&mut watched, timeout).is_ok_and(|ready| ready > 0)
+        poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Waits for its end; whether it came. Cancel safe.
+    pub(crate) async fn ends_by(&self, by: Deadline) -> bool {
+        match AsyncFd::with_interest(self.pidfd.as_fd(), Interest::READABLE) {
+            Ok(watched) => by
+                .run(watched.readable())
+                .await
+                .is_ok_and(|end| end.is_ok()),
+            Err(error) => {
+                tracing::warn!(pid = self.pid, %error, "the shim's end cannot be watched");
+                self.has_ended()
+            }
+        }
     }
 
     /// Kills it.
@@ -110,8 +123,8 @@ mod tests {
         (child, Identity { pid, start_time })
     }
 
-    #[test]
-    fn a_stopped_process_is_found_and_killed() {
+    #[tokio::test]
+    async fn a_stopped_process_is_found_and_killed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shim.json");
         assert!(Identity::find(&path).is_none());
@@ -120,9 +133,13 @@ mod tests {
         let found = Identity::find(&path).unwrap();
         assert_eq!(found.pid, identity.pid);
         pidfd_send_signal(&found.pidfd, Signal::STOP).unwrap();
-        assert!(!found.ends_by(Deadline::after(Duration::ZERO)));
+        assert!(
+            !found
+                .ends_by(Deadline::after(Duration::from_millis(10)))
+                .await
+        );
         found.kill();
-        assert!(found.ends_by(Deadline::after(Duration::from_secs(5))));
+        assert!(found.ends_by(Deadline::after(Duration::from_secs(5))).await);
         // A zombie has ended.
         assert!(Identity::find(&path).is_none());
         child.wait().unwrap();
