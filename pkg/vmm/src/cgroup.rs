@@ -58,6 +58,17 @@ impl CgroupPlacement {
         Ok(folders)
     }
 
+    /// Whether the kernel has killed one of its processes because a limit, of
+    /// this cgroup or of one above, was reached (`memory.events` of version 2,
+    /// `memory.oom_control` of version 1).
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        let files = ["memory.events", "memory.oom_control"];
+        let mut texts = self.folders().into_iter().flat_map(|folder| {
+            files.map(|file| fs::read_to_string(folder.join(file)).unwrap_or_default())
+        });
+        texts.any(|text| oom_kills(&text) > 0)
+    }
+
     /// Removes the cgroup once its processes are gone. containerd's own
     /// cgroups above it stay.
     pub(crate) async fn remove(&self, by: Deadline) -> Result<(), VmmError> {
@@ -76,6 +87,11 @@ impl CgroupPlacement {
         }
         Ok(())
     }
+}
+
+fn oom_kills(text: &str) -> u64 {
+    let count = |line: &str| line.strip_prefix("oom_kill ")?.trim().parse().ok();
+    text.lines().find_map(count).unwrap_or_default()
 }
 
 /// `a-b.slice` is `a.slice/a-b.slice`.
@@ -159,6 +175,14 @@ mod tests {
         assert_eq!(path("/a/../../b"), Some("a/b".into()));
         assert_eq!(path("/"), None);
         assert_eq!(path(""), None);
+    }
+
+    #[test]
+    fn kills_for_want_of_memory_are_read_from_either_version() {
+        let v1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n";
+        let v2 = "low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 0\n";
+        assert_eq!((oom_kills(v1), oom_kills(v2)), (2, 1));
+        assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\n"), 0);
     }
 
     #[test]

@@ -286,6 +286,7 @@ fn supervise(vm: &Arc<RunningVm>) {
             let death = VmDeath {
                 child: cause.name(),
                 status: cause.ended().await,
+                out_of_memory: vm.cgroup.ran_out_of_memory(),
                 said: cause.said(),
                 console: vm.console.tail(),
             };

@@ -17,6 +17,8 @@ pub struct VmDeath {
     pub child: &'static str,
     /// How.
     pub status: String,
+    /// The kernel had to kill one for want of memory in the pod's cgroup.
+    pub out_of_memory: bool,
     /// Its last words.
     pub said: String,
     /// The guest's last console lines.
@@ -26,6 +28,12 @@ pub struct VmDeath {
 impl fmt::Display for VmDeath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ended ({})", self.child, self.status)?;
+        if self.out_of_memory {
+            f.write_str(
+                ", killed for want of memory: the limit of the pod's cgroup must hold the VM, \
+                 too (a RuntimeClass's overhead.podFixed)",
+            )?;
+        }
         if !self.said.is_empty() {
             write!(f, ", it said: {}", self.said)?;
         }

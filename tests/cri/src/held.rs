@@ -60,7 +60,11 @@ impl Held {
 
     /// Waits until the shim holds no more than this again.
     pub(crate) async fn again(&self, shim: u32) -> Result<()> {
-        let by = Instant::now() + WITHIN;
+        self.again_within(shim, WITHIN).await
+    }
+
+    pub(crate) async fn again_within(&self, shim: u32, within: Duration) -> Result<()> {
+        let by = Instant::now() + within;
         loop {
             let now = Self::by(shim).await?;
             if !now.exceeds(self) {
@@ -82,7 +86,7 @@ fn any_more<N: PartialOrd + Default>(
 }
 
 /// The run folder of a shim.
-fn run_folder(shim: u32) -> Result<PathBuf> {
+pub(crate) fn run_folder(shim: u32) -> Result<PathBuf> {
     for folder in fs::read_dir("/run/podhull").context("podhull's run folder")? {
         let folder = folder?.path();
         // Another pod's may be on its way out.

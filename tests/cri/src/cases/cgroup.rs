@@ -12,8 +12,8 @@ use podhull_testkit::cri::Container;
 use podhull_testkit::cri::api::{LinuxContainerResources, UpdateContainerResourcesRequest};
 
 use super::fault::killed_pod_is_noticed;
-use crate::case::{cases, same};
-use crate::context::Context;
+use crate::case::{cases, contains, same};
+use crate::context::{Context, refusal};
 use crate::procfs::{Processes, Role, signal};
 
 cases! {
@@ -27,7 +27,8 @@ cases! {
     PODHULL_TWICE:
         cgroup_unified_limits_reach_the_guest,
         cgroup_out_of_memory_of_a_child_spares_the_container,
-        cgroup_memory_limit_of_the_pod_sizes_the_guest;
+        cgroup_memory_limit_of_the_pod_sizes_the_guest,
+        cgroup_too_small_for_the_vm_is_named;
 }
 
 const MIB: i64 = 1 << 20;
@@ -304,4 +305,44 @@ async fn cgroup_below_a_systemd_slice_holds_the_pod_and_goes_with_it(t: &Context
         ensure!(!slices.with(&Slices::path()).is_empty(), "no slice is left");
     }
     Ok(())
+}
+
+/// A pod's cgroup whose limit counts without what the VM needs.
+async fn cgroup_too_small_for_the_vm_is_named(t: &Context) -> Result<()> {
+    const PARENT: &str = "too-small";
+    let root = Path::new("/sys/fs/cgroup");
+    let v2 = root.join("cgroup.controllers").exists();
+    let (memory, limit) = match v2 {
+        true => (root.join(PARENT), "memory.max"),
+        false => (root.join("memory").join(PARENT), "memory.limit_in_bytes"),
+    };
+    fs::create_dir(&memory).with_context(|| format!("make {}", memory.display()))?;
+    let refused = async {
+        if v2 {
+            fs::write(memory.join("cgroup.subtree_control"), "+memory")?;
+        }
+        fs::write(memory.join(limit), (48 * MIB).to_string()).context("set the limit")?;
+        let parent = format!("/{PARENT}");
+        let pod = t.pod("pod").linux(|linux| linux.cgroup_parent = parent);
+        let text = refusal(pod.run().await, "a VM of 256 MiB in a cgroup of 48")?;
+        contains!(
+            &text,
+            "qemu ended",
+            "for want of memory",
+            "overhead.podFixed"
+        );
+        anyhow::Ok(())
+    };
+    let refused = refused.await;
+    // Made in the other hierarchies by podhull, and as with any parent not its own.
+    for entry in fs::read_dir(root)? {
+        let folder = entry?.path().join(PARENT);
+        if folder.is_dir() {
+            fs::remove_dir(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+    }
+    if v2 {
+        fs::remove_dir(&memory).context("remove the cgroup")?;
+    }
+    refused
 }

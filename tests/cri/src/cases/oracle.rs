@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -15,14 +16,17 @@ use podhull_testkit::image::BUSYBOX;
 use podhull_testkit::oracle::{Kind, SOCKETS_MAY_DIFFER, Snapshot};
 use tokio::process::Command;
 
-use crate::case::cases;
-use crate::context::Context;
+use crate::case::{cases, contains};
+use crate::context::{Context, refusal};
+use crate::held::{self, Held};
+use crate::procfs::{Processes, Role};
 
 cases! {
     ONCE:
         oracle_planted_process_is_named,
         oracle_planted_zombie_is_named,
         oracle_planted_descriptors_of_containerd_are_named,
+        oracle_planted_connection_of_a_shim_is_named,
         oracle_planted_mount_is_named,
         oracle_planted_link_and_qdisc_are_named,
         oracle_planted_rule_is_named,
@@ -91,6 +95,20 @@ async fn oracle_planted_descriptors_of_containerd_are_named(t: &Context) -> Resu
     names(t, &[(Kind::Descriptor, "socket:")]).await?;
     drop(connections);
     Ok(())
+}
+
+/// Shims are not in the oracle's snapshots, as none lives then; what one holds
+/// while its pod lives is compared in the cases `load_…` and `exec_repeated…`.
+async fn oracle_planted_connection_of_a_shim_is_named(t: &Context) -> Result<()> {
+    let (pod, _container) = t.idle().await?;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    let before = Held::at_rest(shim).await?;
+    let planted = UnixStream::connect(held::run_folder(shim)?.join("shim.sock"))?;
+    let again = before.again_within(shim, Duration::from_secs(1)).await;
+    let refused = refusal(again, "a connection more")?;
+    contains!(&refused, "held:", "socket");
+    drop(planted);
+    before.again(shim).await
 }
 
 async fn oracle_planted_mount_is_named(t: &Context) -> Result<()> {
