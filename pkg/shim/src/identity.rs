@@ -6,13 +6,12 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use podhull_types::Deadline;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
 use crate::error::ShimError;
 
@@ -57,7 +56,7 @@ impl Identity {
         }
         let running = Running {
             pid: self.pid,
-            pidfd,
+            pidfd: Arc::new(pidfd),
         };
         (!running.has_ended()).then_some(running)
     }
@@ -67,27 +66,21 @@ impl Identity {
 #[derive(Debug)]
 pub(crate) struct Running {
     pub(crate) pid: i32,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
 }
 
 impl Running {
     fn has_ended(&self) -> bool {
-        let mut watched = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        poll(&mut watched, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        ends_within(&self.pidfd, PollTimeout::ZERO)
     }
 
-    /// Waits for its end; whether it came. Cancel safe.
+    /// Waits for its end; whether it came. The calling thread goes on with what
+    /// else it has to do: a connection to the shim that is to be closed.
     pub(crate) async fn ends_by(&self, by: Deadline) -> bool {
-        match AsyncFd::with_interest(self.pidfd.as_fd(), Interest::READABLE) {
-            Ok(watched) => by
-                .run(watched.readable())
-                .await
-                .is_ok_and(|end| end.is_ok()),
-            Err(error) => {
-                tracing::warn!(pid = self.pid, %error, "the shim's end cannot be watched");
-                self.has_ended()
-            }
-        }
+        let timeout = PollTimeout::try_from(by.remaining()).unwrap_or(PollTimeout::MAX);
+        let pidfd = Arc::clone(&self.pidfd);
+        let waits = tokio::task::spawn_blocking(move || ends_within(&pidfd, timeout));
+        waits.await.unwrap_or_else(|_| self.has_ended())
     }
 
     /// Kills it.
@@ -96,6 +89,11 @@ impl Running {
             tracing::warn!(pid = self.pid, %errno, "the shim cannot be killed");
         }
     }
+}
+
+fn ends_within(pidfd: &OwnedFd, timeout: PollTimeout) -> bool {
+    let mut watched = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut watched, timeout).is_ok_and(|ready| ready > 0)
 }
 
 fn start_time(pid: i32) -> io::Result<u64> {
