@@ -2,7 +2,7 @@
 //! The states of a process as containerd sees it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use podhull_types::{ExitStatus, ProcessRef};
@@ -46,8 +46,8 @@ pub(crate) struct Process {
     events: EventSink,
     /// When an OOM kill was told last.
     oom_told: Mutex<Option<Instant>>,
-    /// The guest has told its end.
-    ending: AtomicBool,
+    /// The guest's word on its end.
+    ending: OnceLock<ExitStatus>,
     /// Somebody deletes it.
     claimed: AtomicBool,
 }
@@ -85,7 +85,7 @@ impl Process {
             io: Mutex::new(Io::None),
             events,
             oom_told: Mutex::new(None),
-            ending: AtomicBool::new(false),
+            ending: OnceLock::new(),
             claimed: AtomicBool::new(false),
         }
     }
@@ -159,8 +159,10 @@ impl Process {
         });
     }
 
-    /// Notes how it ended; the first note stays.
+    /// Notes how it ended; the first note stays, and the guest's word is the
+    /// first.
     pub(crate) fn exited(&self, exit: ExitStatus) {
+        let exit = self.ending.get().copied().unwrap_or(exit);
         self.life.send_modify(|life| {
             life.exit.get_or_insert(exit);
             life.status = Status::Stopped;
@@ -225,14 +227,15 @@ impl Process {
         delivered.await;
     }
 
-    /// Notes that the guest has told its end.
-    pub(crate) fn set_ending(&self) {
-        self.ending.store(true, Ordering::Release);
+    /// Notes the guest's word on its end, which is told later. Should the VM die
+    /// before that, it is still how the process ended.
+    pub(crate) fn set_ending(&self, exit: ExitStatus) {
+        self.ending.get_or_init(|| exit);
     }
 
     /// Whether its end is known and waits for its output.
     pub(crate) fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire) && self.state().exit.is_none()
+        self.ending.get().is_some() && self.state().exit.is_none()
     }
 
     pub(crate) fn close_stdin(&self) {
@@ -290,6 +293,21 @@ mod tests {
             });
         });
         assert_eq!((one.code, two.code, process.wait().await.code), (9, 9, 9));
+    }
+
+    /// The word waits for the output; the VM dies meanwhile.
+    #[test]
+    fn an_exit_that_the_guest_told_outlives_the_guest() {
+        let (process, _events) = process();
+        process.started(|_| {});
+        process.set_ending(ExitStatus {
+            code: 3,
+            ..ExitStatus::vm_gone()
+        });
+        assert!(process.is_ending() && process.state().exit.is_none());
+        process.exited(ExitStatus::vm_gone());
+        assert_eq!(process.state().exit.unwrap().code, 3);
+        assert!(!process.is_ending());
     }
 
     #[test]

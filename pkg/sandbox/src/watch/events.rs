@@ -137,7 +137,7 @@ fn handle(sandbox: &Arc<Sandbox>, kind: event::Kind) {
 /// whoever hears of an end may stop reading. A container's end comes behind
 /// those of its added processes.
 fn end(sandbox: &Arc<Sandbox>, process: Arc<Process>, exit: ExitStatus) {
-    process.set_ending();
+    process.set_ending(exit);
     let mut before = sandbox.all_processes();
     before.retain(|other| {
         let id = &other.id;
