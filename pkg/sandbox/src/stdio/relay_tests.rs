@@ -72,6 +72,13 @@ impl Exec {
     }
 }
 
+/// The process has closed its outputs and ended.
+async fn ends(guest: &mut GuestSession) {
+    guest.output.shutdown().await.unwrap();
+    guest.error.shutdown().await.unwrap();
+    guest.handle.send_exit(0);
+}
+
 fn pattern(length: usize) -> Vec<u8> {
     (0..length)
         .map(|i| u8::try_from((i * 31 + i / 251) % 256).unwrap())
@@ -89,9 +96,7 @@ async fn output_of_a_process_that_exits_right_after_it_is_not_cut() {
     let sent = pattern(1 << 20);
     let process = async {
         guest.output.write_all(&sent).await.unwrap();
-        guest.output.shutdown().await.unwrap();
-        guest.error.shutdown().await.unwrap();
-        guest.handle.send_exit(0);
+        ends(&mut guest).await;
         guest.handle.close(soon()).await
     };
     let read = async {
@@ -126,9 +131,7 @@ async fn stdin_of_a_multiple_of_32_kib_ends() {
         let (sent, read) = tokio::join!(write, read);
         assert_eq!(read.expect("its end is lost").unwrap(), size);
         assert!(received == sent, "{size}");
-        guest.output.shutdown().await.unwrap();
-        guest.error.shutdown().await.unwrap();
-        guest.handle.send_exit(0);
+        ends(&mut guest).await;
         let (report, closed) = tokio::join!(exec.io.finish(soon()), guest.handle.close(soon()));
         assert!(report.complete && closed.is_clean(), "{report:?}, {closed}");
     }
@@ -170,9 +173,7 @@ async fn dropped_output_is_counted_whole() {
     let mut guest = exec.guest;
     let sent = 200_000;
     guest.output.write_all(&pattern(sent)).await.unwrap();
-    guest.output.shutdown().await.unwrap();
-    guest.error.shutdown().await.unwrap();
-    guest.handle.send_exit(0);
+    ends(&mut guest).await;
     let close = guest.handle.close(soon());
     let finish = exec.io.finish(Deadline::after(Duration::from_millis(500)));
     let (report, _) = tokio::join!(finish, close);
@@ -196,9 +197,7 @@ async fn output_is_delivered_only_once_it_was_read() {
         .unwrap();
     let mut guest = exec.guest;
     guest.output.write_all(b"words").await.unwrap();
-    guest.output.shutdown().await.unwrap();
-    guest.error.shutdown().await.unwrap();
-    guest.handle.send_exit(0);
+    ends(&mut guest).await;
     reader.readable().await.unwrap();
     let delivered = exec.io.delivered();
     tokio::pin!(delivered);
