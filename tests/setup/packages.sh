@@ -8,10 +8,23 @@ for program in "cargo:Rust, https://rustup.rs" "go:Go, https://go.dev/dl"; do
   command -v "${program%%:*}" >/dev/null || die "${program%%:*} is not on PATH: install ${program#*:}"
 done
 
-# The manifest says how old Rust may be; cargo would say so only for our crates, after it has built others.
+# at_least NAME WANTED FOUND WHERE: fails if what is found is older. cargo and go would say so themselves, but only
+# after minutes of other builds, and go perhaps by fetching another one.
+at_least() {
+  [[ $3 =~ ^[0-9]+(\.[0-9]+)* ]] || die "what release $1 is cannot be told from \"$3\" ($4)"
+  printf '%s\n' "$2" "${BASH_REMATCH[0]}" | sort -C -V || die "$1 is $3, and podhull needs $2 or later ($4)"
+}
 wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml")
-found=$(rustc --version | cut -d ' ' -f 2)
-printf '%s\n' "$wanted" "$found" | sort -C -V || die "Rust is $found, and podhull needs $wanted or later (https://rustup.rs)"
+at_least Rust "$wanted" "$(rustc --version | cut -d ' ' -f 2)" https://rustup.rs
+wanted=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$ROOT/tests/streams/go.mod")
+found=$(GOTOOLCHAIN=local go version | cut -d ' ' -f 3)
+at_least Go "$wanted" "${found#go}" https://go.dev/dl
+
+# `make lint` needs them. rustup has a program on PATH also for what is not installed: it must answer.
+for component in "clippy clippy" "fmt rustfmt"; do
+  cargo "${component% *}" --version >/dev/null 2>&1 ||
+    die "cargo ${component% *} does not run: rustup component add ${component#* } (https://rustup.rs)"
+done
 
 # package -> why it is needed; printed when it has to be installed.
 PACKAGES=(
