@@ -18,6 +18,7 @@ use crate::containers::Containers;
 use crate::error::GuestError;
 use crate::events::Events;
 use crate::reaper::Reaper;
+use crate::refused::Refused;
 use crate::server::Service;
 use crate::{init, network, oci, sessions};
 
@@ -92,10 +93,16 @@ async fn serve_host(started: Duration) -> Result<(), GuestError> {
     // Sessions can be dialled as soon as the host has heard READY.
     let listener = VsockListener::bind_vsock(Some(VsockPort::SESSIONS), Cid::HOST, leases.clone())?;
     let (control, token) = report_ready(&leases, started).await?;
-    tokio::spawn(sessions::serve(listener, token, containers.clone()));
+    let refused = Refused::default();
+    tokio::spawn(sessions::serve(
+        listener,
+        token,
+        containers.clone(),
+        refused.clone(),
+    ));
 
     let ended = Arc::new(Notify::new());
-    let service = Service::new(containers, events, Arc::clone(&ended));
+    let service = Service::new(containers, events, refused, Arc::clone(&ended));
     let service = AgentServer::new(service).max_decoding_message_size(MAX_MESSAGE);
     let (io, lost) = Connection::new(control.io()?);
     let once = tokio_stream::once(Ok::<_, io::Error>(io));

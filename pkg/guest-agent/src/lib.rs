@@ -25,6 +25,7 @@ pub mod network;
 pub mod oci;
 pub mod process;
 pub mod reaper;
+pub mod refused;
 pub mod server;
 pub mod sessions;
 pub mod status;

@@ -21,6 +21,7 @@ use crate::error::GuestError;
 use crate::events::Events;
 use crate::init::{SHARE, SHM};
 use crate::network;
+use crate::refused::Refused;
 
 /// The usual size of a pod's /dev/shm.
 const DEFAULT_SHM: u64 = 64 << 20;
@@ -37,6 +38,7 @@ const PASSES: u32 = 4;
 pub struct Service {
     containers: Containers,
     events: Events,
+    refused: Refused,
     /// Told when the VM may end.
     ended: std::sync::Arc<Notify>,
 }
@@ -44,10 +46,16 @@ pub struct Service {
 impl Service {
     /// A service on `containers`; `ended` is told after a Shutdown.
     #[must_use]
-    pub fn new(containers: Containers, events: Events, ended: std::sync::Arc<Notify>) -> Self {
+    pub fn new(
+        containers: Containers,
+        events: Events,
+        refused: Refused,
+        ended: std::sync::Arc<Notify>,
+    ) -> Self {
         Self {
             containers,
             events,
+            refused,
             ended,
         }
     }
@@ -368,6 +376,7 @@ impl Agent for Service {
             .acknowledge(request.into_inner().acknowledged_sequence);
         Ok(Response::new(agent::PingResponse {
             wall_clock_ns: now_ns(),
+            counts: Some(self.refused.counts()),
         }))
     }
 
@@ -385,7 +394,10 @@ impl Agent for Service {
             problems.push(format!("unmount the shared tree: {errno}"));
         }
         self.ended.notify_one();
-        Ok(Response::new(agent::ShutdownResponse { problems }))
+        Ok(Response::new(agent::ShutdownResponse {
+            problems,
+            counts: Some(self.refused.counts()),
+        }))
     }
 }
 

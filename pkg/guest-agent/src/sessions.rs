@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::containers::Containers;
+use crate::refused::Refused;
 use crate::stdio;
 
 /// Time for a session's first frame: the host sends it at once.
@@ -25,7 +26,12 @@ const STRANGERS: usize = 256;
 
 /// Accepts sessions until the listener ends. One that fails ends only itself;
 /// all end with this future.
-pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Containers) {
+pub(crate) async fn serve(
+    listener: VsockListener,
+    token: Token,
+    containers: Containers,
+    refused: Refused,
+) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
     let mut sessions = JoinSet::new();
     loop {
@@ -42,9 +48,11 @@ pub(crate) async fn serve(listener: VsockListener, token: Token, containers: Con
             Ok(transport) => match Arc::clone(&strangers).try_acquire_owned() {
                 Ok(stranger) => {
                     let (token, containers) = (token.clone(), containers.clone());
-                    sessions.spawn(session(transport, stranger, token, containers));
+                    let refused = refused.clone();
+                    sessions.spawn(session(transport, stranger, token, containers, refused));
                 }
                 Err(_) => {
+                    refused.one_too_many();
                     let report = transport.close(Deadline::after(Duration::ZERO)).await;
                     tracing::warn!(%report, "too many connections that say nothing");
                 }
@@ -62,6 +70,7 @@ async fn session(
     stranger: OwnedSemaphorePermit,
     token: Token,
     containers: Containers,
+    refused: Refused,
 ) {
     let by = Deadline::after(GREETING);
     let received = receive_session(transport, &token, by).await;
@@ -71,7 +80,10 @@ async fn session(
             SessionTarget::Process(id) => process(incoming, &id, &containers, by).await,
             SessionTarget::Forward { port } => forward(incoming, port, by).await,
         },
-        Err(error) => tracing::warn!(%error, "session refused"),
+        Err(error) => {
+            refused.greeting_failed(&error);
+            tracing::warn!(%error, "session refused");
+        }
     }
 }
 

@@ -20,6 +20,7 @@ mod exec;
 mod fixture;
 mod forward;
 mod gauges;
+mod guest_counts;
 mod pids;
 mod process;
 pub mod rundir;

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::SandboxError;
+use crate::guest_counts::GuestCounts;
 use crate::pids::{Pids, of_guest};
 use crate::process::Process;
 use crate::spec::{Deleted, EventSink, ProcessState, Runtime, SandboxSpec, Status, Stdio};
@@ -72,6 +73,7 @@ pub struct Sandbox {
     /// Cancelled when the guest's answers are not waited for any more: it is dead,
     /// or they must not hold the teardown up.
     pub(crate) cut_calls: CancellationToken,
+    pub(crate) guest_counts: GuestCounts,
     times: Mutex<BootTimes>,
 }
 
@@ -171,6 +173,7 @@ impl Sandbox {
             cut_forwards: CancellationToken::new(),
             stop_watching: CancellationToken::new(),
             cut_calls: CancellationToken::new(),
+            guest_counts: GuestCounts::default(),
             times: Mutex::new(booted.times),
         })
     }

@@ -214,6 +214,9 @@ async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {
             client.shutdown(request).await
         })
         .await;
+    if let Ok(answer) = &answer {
+        sandbox.note_counts(answer.counts);
+    }
     match answer {
         Ok(answer) if answer.problems.is_empty() => Outcome::Clean,
         Ok(answer) => Outcome::Failed(words(&answer.problems.join("; "))),

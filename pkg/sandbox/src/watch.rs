@@ -117,9 +117,11 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
                 })
                 .await
         };
-        let alive = sandbox.ask("Ping", by, ping).await.is_ok();
-        if alive {
+        let pong = sandbox.ask("Ping", by, ping).await;
+        let alive = pong.is_ok();
+        if let Ok(pong) = pong {
             answered = Instant::now();
+            sandbox.note_counts(pong.counts);
         }
         let suspect = !alive;
         let changed = sandbox

@@ -38,6 +38,10 @@ pub struct Metrics {
     pub vm_exits: IntCounterVec,
     /// 1 where pods run under emulation.
     pub emulation: IntGaugeVec,
+    /// Connections that the guest refused, by `reason`.
+    pub guest_refused: IntCounterVec,
+    /// What else went wrong in the guest, by `kind`.
+    pub guest_errors: IntCounterVec,
     /// Time of calls to the agent, by `method` and `result`.
     pub agent_calls: HistogramVec,
 }
@@ -106,6 +110,16 @@ impl Metrics {
                 "podhull_emulation_in_use",
                 "1 where VMs run under emulation, which is no isolation boundary",
                 &["vmm"],
+            )?,
+            guest_refused: counter(
+                "podhull_guest_refused_connections_total",
+                "Connections that became no session in the guest",
+                &["reason"],
+            )?,
+            guest_errors: counter(
+                "podhull_guest_errors_total",
+                "Peers that broke the session protocol, and transports dropped, in the guest",
+                &["kind"],
             )?,
             agent_calls: histogram(
                 "podhull_agent_rpc_duration_seconds",
