@@ -3,7 +3,8 @@
 
 mod config;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -122,6 +123,29 @@ impl Containerd {
         fs::read(&self.log)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
+    }
+
+    /// How long its log is.
+    ///
+    /// # Errors
+    /// If it cannot be looked at.
+    pub fn log_size(&self) -> Result<u64> {
+        let size = fs::metadata(&self.log).map(|file| file.len());
+        size.context("look at containerd's log")
+    }
+
+    /// What follows the first `from` bytes of its log.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn log_since(&self, from: u64) -> Result<Vec<u8>> {
+        let mut log = File::open(&self.log).context("open containerd's log")?;
+        log.seek(SeekFrom::Start(from))
+            .context("seek in containerd's log")?;
+        let mut text = Vec::new();
+        log.read_to_end(&mut text)
+            .context("read containerd's log")?;
+        Ok(text)
     }
 
     async fn spawn(&mut self) -> Result<()> {

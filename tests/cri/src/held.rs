@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -101,14 +101,20 @@ pub(crate) fn run_folder(shim: u32) -> Result<PathBuf> {
     anyhow::bail!("the shim {shim} has no run folder")
 }
 
-/// What the shim's metrics say is there now.
-async fn gauges(shim: u32) -> Result<BTreeMap<String, i64>> {
-    let mut reader = UnixStream::connect(run_folder(shim)?.join("metrics.sock")).await?;
+/// The metrics of the shim that has this run folder.
+pub(crate) async fn metrics(folder: &Path) -> Result<String> {
+    let mut reader = UnixStream::connect(folder.join("metrics.sock")).await?;
     let request = b"GET /metrics HTTP/1.1\r\nHost: shim\r\nConnection: close\r\n\r\n";
     reader.write_all(request).await?;
     let mut text = String::new();
     let read = tokio::time::timeout(WITHIN, reader.read_to_string(&mut text));
     read.await.context("the metrics are not told")??;
+    Ok(text)
+}
+
+/// What the shim's metrics say is there now.
+async fn gauges(shim: u32) -> Result<BTreeMap<String, i64>> {
+    let text = metrics(&run_folder(shim)?).await?;
     let (mut found, mut gauge) = (BTreeMap::new(), "");
     for line in text.lines() {
         if let Some(kind) = line.strip_prefix("# TYPE ") {

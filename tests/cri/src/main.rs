@@ -21,6 +21,7 @@ mod procfs;
 mod runner;
 mod stream;
 mod tally;
+mod unclosed;
 mod vsock_guest;
 
 use std::env;

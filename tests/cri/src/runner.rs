@@ -17,6 +17,7 @@ use crate::cases;
 use crate::context::{Context, heavy};
 use crate::options::Options;
 use crate::tally::Tally;
+use crate::unclosed::{self, Searched};
 
 /// No case takes longer.
 const CASE_WITHIN: Duration = Duration::from_secs(120);
@@ -55,15 +56,19 @@ pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
 async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Result<Tally> {
     let begin = Instant::now();
     context.begin(setup);
+    let mut searched = Searched::all(&*context.containerd().await)?;
     if let Err(error) = warm_up(context).await {
         eprintln!("{}", evidence::logs(context.node().folder(), LOG_LINES));
         return Err(error.context(format!("the first pod on {setup}")));
     }
     let mut before = settled(&*context.containerd().await, CLEAN_WITHIN).await?;
+    searched
+        .on(&*context.containerd().await)
+        .with_context(|| format!("the first pod on {setup}"))?;
     let mut tally = Tally::default();
     for case in cases {
         let started = Instant::now();
-        let (result, clean) = one(context, case, &before).await;
+        let (result, clean) = one(context, case, &before, &mut searched).await;
         if clean.is_err() {
             // What this one left must not fail the next ones.
             let containerd = context.containerd().await;
@@ -136,8 +141,14 @@ async fn warm_up(context: &Context) -> Result<()> {
     remove_everything(context).await
 }
 
-/// The case's result, and whether the node is as it was at `before`.
-async fn one(context: &mut Context, case: &Case, before: &Snapshot) -> (Result<()>, Result<()>) {
+/// The case's result, and whether the node is as it was at `before` and nothing
+/// was dropped unclosed.
+async fn one(
+    context: &mut Context,
+    case: &Case,
+    before: &Snapshot,
+    searched: &mut Searched,
+) -> (Result<()>, Result<()>) {
     if let Err(error) = context.begin_case(case.name, before.clone()) {
         return (Err(error), Ok(()));
     }
@@ -147,6 +158,7 @@ async fn one(context: &mut Context, case: &Case, before: &Snapshot) -> (Result<(
         Err(_) => Err(anyhow!("still runs after {within:?}")),
     };
     // While its pods are still there.
+    let result = result.and(unclosed::counted().await);
     let result = result.map_err(|error| {
         if error.is::<Skip>() {
             error
@@ -158,6 +170,8 @@ async fn one(context: &mut Context, case: &Case, before: &Snapshot) -> (Result<(
         Ok(()) => assert_clean(&*context.containerd().await, before, CLEAN_WITHIN).await,
         Err(error) => Err(error.context("afterwards")),
     };
+    // The shims have ended, and what they said is written.
+    let clean = clean.and(searched.on(&*context.containerd().await));
     (result, clean.map_err(|error| quoting_logs(context, &error)))
 }
 
