@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
@@ -16,7 +16,8 @@ use vsock::{VsockAddr, VsockStream};
 use super::vsock_id::id_of;
 use crate::case::{cases, contains, same};
 use crate::context::Context;
-use crate::procfs::Processes;
+use crate::held;
+use crate::procfs::{Processes, Role};
 use crate::stream::Session;
 
 cases! {
@@ -138,6 +139,36 @@ fn hello(version: u16, container: &str) -> Result<Vec<u8>> {
     frame(HELLO, &parts.concat())
 }
 
+/// Waits until the host has heard of them, which it does with a heartbeat: each
+/// is counted by what was wrong with it, and each kind is logged once.
+async fn are_counted(shim: u32, refused: [(&str, usize); 5]) -> Result<()> {
+    let folder = held::run_folder(shim)?;
+    let counted = refused.map(|(reason, number)| {
+        format!("podhull_guest_refused_connections_total{{reason=\"{reason}\"}} {number}")
+    });
+    let by = Instant::now() + WITHIN;
+    loop {
+        let metrics = held::metrics(&folder).await?;
+        let lines: Vec<_> = metrics
+            .lines()
+            .filter(|line| line.starts_with("podhull_guest_"))
+            .collect();
+        if counted.iter().all(|line| lines.contains(&&**line)) {
+            break;
+        }
+        ensure!(Instant::now() < by, "{lines:#?}, expected {counted:#?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let log = fs::read_to_string(folder.join("shim.log"))?;
+    for (reason, number) in refused {
+        let told = log.lines().filter(|line| {
+            line.contains("wrong in the guest") && line.contains(&format!("kind=\"{reason}\""))
+        });
+        same!(told.count(), number.min(1), "lines about {reason}");
+    }
+    Ok(())
+}
+
 async fn stranger_without_the_token_gets_nowhere(t: &Context) -> Result<()> {
     let (pod, container) = t.idle().await?;
     let mut session = Session::exec(&container, &["cat"], false).await?;
@@ -166,6 +197,18 @@ async fn stranger_without_the_token_gets_nowhere(t: &Context) -> Result<()> {
         ),
         ("silence", Vec::new(), AGENT_WAITS),
     ];
+    let refused = [
+        ("token", 2),
+        ("greeting", 4),
+        ("silence", 2),
+        ("crowd", 0),
+        ("accept", 0),
+    ];
+    same!(
+        refused.iter().map(|(_, number)| number).sum::<usize>(),
+        tries.len(),
+        "who is to be counted"
+    );
     let trying = move || {
         for (what, words, within) in tries {
             let said = answer(&door, &words, within).context(what)?;
@@ -178,6 +221,7 @@ async fn stranger_without_the_token_gets_nowhere(t: &Context) -> Result<()> {
         anyhow::Ok(())
     };
     tokio::task::spawn_blocking(trying).await??;
+    are_counted(Processes::of(pod.id())?.pid(Role::Shim)?, refused).await?;
     // Whoever was there has seen nothing of it.
     session.ask("after\n", "after\n").await?;
     session.close().await?;
