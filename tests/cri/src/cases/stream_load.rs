@@ -141,8 +141,34 @@ async fn stop_report(t: &Context, pod: &Pod) -> Result<String> {
     }
 }
 
+/// The shim of a pod that was stopped without ever having had a stream, where
+/// shims outlive the stop.
+async fn quiet_shim(t: &Context) -> Result<Option<u32>> {
+    if !t.setup().shim_is_sandboxer() {
+        return Ok(None);
+    }
+    let (pod, ..) = busy_pod(t).await?;
+    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    pod.stop().await?;
+    Ok(Some(shim))
+}
+
+/// Whatever the streams had of a shim is given back with its pod's stop: it has
+/// ended, or holds what one does whose pod had no streams.
+async fn shim_gave_back(processes: &Processes, quiet: Option<u32>) -> Result<()> {
+    let Some(quiet) = quiet else {
+        return processes.gone(WITHIN).await;
+    };
+    let quiet = Held::at_rest(quiet).await?;
+    quiet.again(processes.pid(Role::Shim)?).await
+}
+
 async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> {
+    // First: its pool's idle threads have ended when the other pod is stopped.
+    let quiet = quiet_shim(t).await?;
     let (pod, container, server) = busy_pod(t).await?;
+    let processes = t.is_podhull().then(|| Processes::of(pod.id()));
+    let processes = processes.transpose()?;
     let mut attached = Vec::new();
     for _ in 0..ATTACHES {
         attached.push(Session::attach(&container, false).await?);
@@ -223,7 +249,7 @@ async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> 
         let count = count.context("a forward")?;
         ensure!(count > 0, "nothing was forwarded");
     }
-    if t.is_podhull() {
+    if let Some(processes) = processes {
         // In the order in which they were done: the channel to the agent before its
         // transport, and the VM after both. Everybody read on: nothing had to be forced.
         let report = stop_report(t, &pod).await?;
@@ -240,6 +266,7 @@ async fn load_stopped_pod_ends_every_stream_in_order(t: &Context) -> Result<()> 
         ];
         let clean = steps.map(|step| format!("{step}: clean")).join(", ");
         same!(report.trim_matches('"'), clean, "the end of the sandbox");
+        shim_gave_back(&processes, quiet).await?;
     }
     Ok(())
 }
