@@ -25,17 +25,20 @@ cases! {
     ONCE:
         oracle_planted_process_is_named,
         oracle_planted_zombie_is_named,
-        oracle_planted_descriptors_of_containerd_are_named,
-        oracle_planted_connection_of_a_shim_is_named,
         oracle_planted_mount_is_named,
         oracle_planted_link_and_qdisc_are_named,
         oracle_planted_rule_is_named,
         oracle_planted_cgroup_is_named,
         oracle_planted_file_socket_and_fifo_are_named,
         oracle_planted_abstract_socket_is_named,
+        oracle_planted_network_namespace_is_named;
+    // What is asked of containerd, and what its pods are made of.
+    ALL_TWICE:
+        oracle_planted_descriptors_of_containerd_are_named,
         oracle_planted_records_of_containerd_are_named,
-        oracle_planted_network_namespace_is_named,
         oracle_running_pod_is_named;
+    PODHULL_TWICE:
+        oracle_planted_connection_of_a_shim_is_named;
 }
 
 /// Fails unless the difference to the case's begin names every one of `facts`.
