@@ -84,8 +84,17 @@ fn target(link: &Path) -> String {
     match text.split_once(":[") {
         // socket:[123], pipe:[123], net:[123]; anon_inode:[eventpoll] keeps its name.
         Some((kind, _)) if kind != "anon_inode" => format!("{kind}:"),
-        _ => text.into_owned(),
+        _ => {
+            let parts = text.split('/');
+            let parts = parts.map(|part| if is_id(part) { "ID" } else { part });
+            parts.collect::<Vec<_>>().join("/")
+        }
     }
+}
+
+/// Ids of pods and containers, and the names of run folders.
+fn is_id(part: &str) -> bool {
+    part.len() >= 16 && part.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 #[cfg(test)]
@@ -102,6 +111,10 @@ mod tests {
             "anon_inode:[eventpoll]"
         );
         assert_eq!(target(Path::new("/run/x/y")), "/run/x/y");
+        assert_eq!(
+            target(Path::new("/run/podhull/41870665f4849b86/shim.log")),
+            "/run/podhull/ID/shim.log"
+        );
     }
 
     #[test]
