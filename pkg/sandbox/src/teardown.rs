@@ -290,4 +290,6 @@ fn outcome(clean: bool, report: &impl std::fmt::Debug) -> Outcome {
 }
 
 #[cfg(test)]
+mod order_tests;
+#[cfg(test)]
 mod tests;
