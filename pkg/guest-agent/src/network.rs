@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt;
 use podhull_api::agent;
-use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::packet_route::route::RouteScope;
@@ -160,10 +160,14 @@ async fn bring_up(
     for cidr in &interface.addresses {
         let (address, prefix) = parse_cidr(cidr)?;
         let mut add = handle.address().add(index, address, prefix);
+        // The host's routes follow, all of them.
+        let mut flags = AddressFlags::Noprefixroute;
         if address.is_ipv6() {
             // The CNI has made sure that it is not taken; waiting would cost 1 s.
-            add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+            flags |= AddressFlags::Nodad;
         }
+        let attributes = &mut add.message_mut().attributes;
+        attributes.push(AddressAttribute::Flags(flags));
         add.replace()
             .execute()
             .await

@@ -28,6 +28,17 @@ pub enum NetworkError {
     /// The CNI left nothing that could be handed over.
     #[error("network namespace {} has no interface with an address", .0.display())]
     NoInterface(PathBuf),
+    /// The CNI left more, or something else, than the one device of a VM can be.
+    #[error(
+        "network namespace {} has addresses on {found}; a VM has one interface, which must be Ethernet",
+        netns.display()
+    )]
+    Interfaces {
+        /// Where it is.
+        netns: PathBuf,
+        /// The interfaces' names.
+        found: String,
+    },
     /// The deadline passed.
     #[error("network setup did not end in time")]
     Deadline,

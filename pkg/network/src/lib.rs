@@ -14,6 +14,9 @@
 pub mod error;
 mod inside;
 pub mod loopback;
+#[cfg(test)]
+#[path = "../tests/shared/netns.rs"]
+mod netns;
 pub mod pod;
 mod read;
 mod redirect;

@@ -32,14 +32,20 @@ impl PodNetwork {
     /// Makes the tap in `netns` and ties it to the CNI's interface.
     ///
     /// # Errors
-    /// [`NetworkError::NoInterface`] if the CNI gave the pod no address; else
-    /// the step that the kernel refused. Nothing stays then.
+    /// [`NetworkError::NoInterface`] if the CNI gave the pod no address,
+    /// [`NetworkError::Interfaces`] if it gave addresses to more than a VM can
+    /// be given; else the step that the kernel refused. Nothing stays then, but
+    /// after [`NetworkError::Deadline`] what [`sweep`] removes.
     pub async fn attach(netns: &Path, by: Deadline) -> Result<Self, NetworkError> {
         let path = netns.to_path_buf();
         let attached = inside(netns, by, move |handle| async move {
-            let found = read::find_interface(&handle).await?;
-            let found = found.ok_or_else(|| NetworkError::NoInterface(path.clone()))?;
+            let found = read::find_interface(&handle, &path).await?;
             let interface = found.interface;
+            let guest = GuestNetwork {
+                routes: read::routes(&handle, found.index, &interface.name).await?,
+                neighbours: read::neighbours(&handle, found.index, &interface.name).await?,
+                interfaces: vec![interface.clone()],
+            };
             let tap = sys::make_tap(TAP).map_err(NetworkError::step("make the tap"))?;
             // The tap is a wire: the namespace's own stack must not talk on it.
             let quiet = format!("/proc/sys/net/ipv6/conf/{TAP}/disable_ipv6");
@@ -55,21 +61,7 @@ impl PodNetwork {
                 NetworkError::step("find the tap")(io::Error::from(io::ErrorKind::NotFound))
             })?;
             wire::bring_up(&handle, tap_index, interface.mtu).await?;
-            let guest = async {
-                wire::tie(&handle, found.index, tap_index).await?;
-                Ok(GuestNetwork {
-                    routes: read::routes(&handle, found.index, &interface.name).await?,
-                    neighbours: read::neighbours(&handle, found.index, &interface.name).await?,
-                    interfaces: vec![interface.clone()],
-                })
-            };
-            let guest = match guest.await {
-                Ok(guest) => guest,
-                Err(error) => {
-                    wire::untie(&handle, found.index).await?;
-                    return Err(error);
-                }
-            };
+            wire::tie(&handle, found.index, tap_index).await?;
             Ok(Self {
                 netns: path,
                 tap,

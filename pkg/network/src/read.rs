@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the CNI gave the pod.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
@@ -20,7 +21,8 @@ use crate::error::NetworkError;
 pub struct GuestNetwork {
     /// Interfaces; the one device that the VM has.
     pub interfaces: Vec<Interface>,
-    /// Routes that do not follow from the addresses.
+    /// Its routes, also those that the kernel made from the addresses: a CNI
+    /// may have removed them.
     pub routes: Vec<Route>,
     /// Permanent neighbours.
     pub neighbours: Vec<Neighbour>,
@@ -71,7 +73,7 @@ pub struct Neighbour {
     pub mac: Vec<u8>,
 }
 
-/// The pod's interface: the first that has a hardware address and an address.
+/// The pod's interface: the one that has an address.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) index: u32,
@@ -92,21 +94,33 @@ pub(crate) fn name_of(link: &LinkMessage) -> Option<&str> {
         })
 }
 
-pub(crate) async fn find_interface(handle: &Handle) -> Result<Option<Found>, NetworkError> {
+pub(crate) async fn find_interface(handle: &Handle, netns: &Path) -> Result<Found, NetworkError> {
+    let mut found = Vec::new();
     for link in links(handle).await? {
         if link.header.flags.contains(LinkFlags::Loopback) {
             continue;
         }
-        let Some(interface) = describe(handle, &link).await? else {
-            continue;
-        };
-        let index = link.header.index;
-        return Ok(Some(Found { index, interface }));
+        let addresses = addresses(handle, link.header.index).await?;
+        if !addresses.is_empty() {
+            found.push((link, addresses));
+        }
     }
-    Ok(None)
+    let names: Vec<_> = found.iter().filter_map(|(link, _)| name_of(link)).collect();
+    let names = names.join(", ");
+    let mut found = found.into_iter();
+    let described = match (found.next(), found.next()) {
+        (None, _) => return Err(NetworkError::NoInterface(netns.into())),
+        (Some((link, addresses)), None) => describe(&link, addresses),
+        (Some(_), Some(_)) => None,
+    };
+    described.ok_or_else(|| NetworkError::Interfaces {
+        netns: netns.into(),
+        found: names,
+    })
 }
 
-async fn describe(handle: &Handle, link: &LinkMessage) -> Result<Option<Interface>, NetworkError> {
+/// The interface as the guest's device; `None` if it has no Ethernet address.
+fn describe(link: &LinkMessage, addresses: Vec<String>) -> Option<Found> {
     let (mut mac, mut mtu) = (None, 0);
     for attribute in &link.attributes {
         match attribute {
@@ -115,20 +129,18 @@ async fn describe(handle: &Handle, link: &LinkMessage) -> Result<Option<Interfac
             _ => {}
         }
     }
-    let (Some(mac), Some(name)) = (mac, name_of(link)) else {
-        return Ok(None);
-    };
-    let addresses = addresses(handle, link.header.index).await?;
-    Ok((!addresses.is_empty()).then(|| Interface {
-        name: name.to_owned(),
-        mac,
+    let interface = Interface {
+        name: name_of(link)?.to_owned(),
+        mac: mac?,
         mtu,
         addresses,
-    }))
+    };
+    let index = link.header.index;
+    Some(Found { index, interface })
 }
 
-/// Addresses of the interface; link-local IPv6 follows from the hardware
-/// address and is the guest's own business.
+/// Addresses of the interface; link-local IPv6 follows from the hardware address
+/// and is the guest's own business.
 async fn addresses(handle: &Handle, index: u32) -> Result<Vec<String>, NetworkError> {
     let messages: Vec<_> = handle
         .address()
@@ -164,7 +176,7 @@ pub(crate) async fn routes(
 ) -> Result<Vec<Route>, NetworkError> {
     let mut found = Vec::new();
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
+    let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
     for query in [v4, v6] {
         let messages: Vec<RouteMessage> = handle
             .route()
@@ -186,9 +198,8 @@ fn route(message: &RouteMessage, index: u32, interface: &str) -> Option<Route> {
     let header = &message.header;
     let ours = header.table == RouteHeader::RT_TABLE_MAIN
         && header.kind == RouteType::Unicast
-        // The guest's kernel makes its own from the addresses.
-        && header.protocol != RouteProtocol::Kernel
-        && message.attributes.contains(&RouteAttribute::Oif(index));
+        && message.attributes.contains(&RouteAttribute::Oif(index))
+        && !is_link_local(message);
     let family = match header.address_family {
         AddressFamily::Inet => 4,
         AddressFamily::Inet6 => 6,
@@ -217,6 +228,14 @@ fn route(message: &RouteMessage, index: u32, interface: &str) -> Option<Route> {
         }
     }
     ours.then_some(route)
+}
+
+/// The route to the link-local addresses, which are the guest's own business.
+fn is_link_local(message: &RouteMessage) -> bool {
+    message.header.protocol == RouteProtocol::Kernel
+        && message.attributes.iter().any(|attribute| {
+            matches!(attribute, RouteAttribute::Destination(RouteAddress::Inet6(ip)) if ip.is_unicast_link_local())
+        })
 }
 
 fn text(address: &RouteAddress) -> Option<String> {
