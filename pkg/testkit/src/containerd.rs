@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A stock containerd as a supervised child, on a private socket.
 
+mod cni;
 mod config;
 
 use std::fs::{self, File, OpenOptions};
@@ -14,7 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-pub use config::{BRIDGE, FORGETFUL, SUBNET_V4, SUBNET_V6, podhull as podhull_config};
+pub use cni::{BRIDGE, Cni, LINKS_V4, LINKS_V6, SUBNET_V4, SUBNET_V6};
+pub use config::{FORGETFUL, podhull as podhull_config};
 
 use crate::cri::Client;
 use crate::evidence;
@@ -81,7 +83,7 @@ impl Containerd {
     /// # Errors
     /// If containerd does not become ready; the end of its log is quoted.
     pub async fn start(release: Release, programs: &Programs, folder: &Path) -> Result<Self> {
-        write("/etc/cni/net.d/10-bridge.conflist", &config::cni())?;
+        write(cni::FILE, &Cni::default().file())?;
         write("/etc/podhull/config.toml", &config::podhull(programs))?;
         // Forwarding a port is to connect to localhost, of both families.
         write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")?;
@@ -97,6 +99,31 @@ impl Containerd {
         containerd.spawn().await?;
         containerd.import(folder).await?;
         Ok(containerd)
+    }
+
+    /// Has pods connected another way from now on. Those that are there must go
+    /// before it is changed again: the CNI removes them as it would make them.
+    ///
+    /// # Errors
+    /// If containerd does not take the configuration over.
+    pub async fn use_cni(&self, cni: Cni) -> Result<()> {
+        let file = cni.file();
+        if fs::read_to_string(cni::FILE).is_ok_and(|present| present == file) {
+            return Ok(());
+        }
+        write(cni::FILE, &file)?;
+        let by = Instant::now() + READY_WITHIN;
+        loop {
+            let status = self.client.cni_status().await?;
+            if cni.is_in(&status) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < by,
+                "containerd does not use {cni:?} but {status}"
+            );
+            tokio::time::sleep(POLL).await;
+        }
     }
 
     /// Which release this is.

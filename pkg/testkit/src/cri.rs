@@ -90,6 +90,17 @@ impl Client {
             .collect())
     }
 
+    /// What containerd says of its CNI, in JSON.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn cni_status(&self) -> Result<String> {
+        let request = StatusRequest { verbose: true };
+        let response = self.runtime().status(request).await.context("Status")?;
+        let mut info = response.into_inner().info;
+        info.remove("cniconfig").context("no CNI in the status")
+    }
+
     /// True if CRI knows the image.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ mod client;
 mod context;
 mod held;
 mod options;
+mod outside;
 mod peer;
 mod probe;
 mod procfs;

@@ -5,6 +5,7 @@
 // probe personality NUMBER   prints "ok" or the error's name
 // probe uid -                prints the real and the effective user
 // probe bind PORT            binds TCP PORT on 127.0.0.1
+// probe udp PORT             prints "ready", gives back what UDP PORT is sent
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -44,6 +45,19 @@ int main(int argc, char **argv) {
     int fd = socket(AF_INET, SOCK_STREAM, 0);
     return say(fd < 0 ? fd : bind(fd, (struct sockaddr *)&at, sizeof at));
   }
-  fputs("probe socket|open|write|bind ...\n", stderr);
+  if (!strcmp(what, "udp")) {
+    struct sockaddr_in6 from, at = {.sin6_family = AF_INET6, .sin6_port = htons(atoi(argv[2]))};
+    int fd = socket(AF_INET6, SOCK_DGRAM, 0);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&at, sizeof at)) return say(-1);
+    puts("ready");
+    fflush(stdout);
+    for (;;) {
+      static char bytes[65536];
+      socklen_t size = sizeof from;
+      ssize_t got = recvfrom(fd, bytes, sizeof bytes, 0, (struct sockaddr *)&from, &size);
+      if (got < 0 || sendto(fd, bytes, got, 0, (struct sockaddr *)&from, size) != got) return say(-1);
+    }
+  }
+  fputs("probe socket|open|write|bind|udp ...\n", stderr);
   return 2;
 }

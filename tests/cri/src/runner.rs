@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use podhull_testkit::containerd::podhull_config;
+use podhull_testkit::containerd::{Cni, podhull_config};
 use podhull_testkit::cri::api::{PortMapping, RemovePodSandboxRequest, StopPodSandboxRequest};
 use podhull_testkit::oracle::{Snapshot, assert_clean, settled};
 use podhull_testkit::{Node, Release, evidence};
@@ -192,7 +192,8 @@ async fn restore(context: &Context) -> Result<()> {
         }
     }
     let removed = remove_everything(context).await;
-    removed.and(empty(context.folder()))
+    let cni = context.containerd().await.use_cni(Cni::default()).await;
+    removed.and(cni).and(empty(context.folder()))
 }
 
 /// Removes every pod. What fails at first is tried once more, so that the next

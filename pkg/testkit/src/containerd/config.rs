@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The configuration files of a node: containerd's in both dialects, CNI's,
-//! and podhull's.
+//! The configuration files of a node: containerd's in both dialects, and
+//! podhull's.
 
 use std::env;
 use std::path::Path;
@@ -8,13 +8,6 @@ use std::path::Path;
 use super::Release;
 use crate::image::PAUSE;
 use crate::programs::Programs;
-
-/// The bridge of the node's pods.
-pub const BRIDGE: &str = "cni0";
-/// Its IPv4 network and its own address there.
-pub const SUBNET_V4: (&str, &str) = ("10.88.0.0/16", "10.88.0.1");
-/// Its IPv6 network and its own address there.
-pub const SUBNET_V6: (&str, &str) = ("fd00:10:88::/64", "fd00:10:88::1");
 
 pub(super) const OPT: &str = "/var/lib/containerd/opt";
 
@@ -99,33 +92,6 @@ state = "/run/containerd"
         }
     }
     text
-}
-
-/// A dual-stack bridge with addresses from host-local, and port mappings.
-#[must_use]
-pub(super) fn cni() -> String {
-    let range = |(subnet, gateway): (&str, &str)| serde_json::json!([{"subnet": subnet, "gateway": gateway}]);
-    serde_json::json!({
-        "cniVersion": "1.0.0",
-        "name": "podhull-test",
-        "plugins": [
-            {
-                "type": "bridge",
-                "bridge": BRIDGE,
-                "isGateway": true,
-                "ipMasq": true,
-                "hairpinMode": true,
-                "ipam": {
-                    "type": "host-local",
-                    "dataDir": "/run/cni/networks",
-                    "ranges": [range(SUBNET_V4), range(SUBNET_V6)],
-                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-                },
-            },
-            {"type": "portmap", "capabilities": {"portMappings": true}},
-        ],
-    })
-    .to_string()
 }
 
 /// podhull's file, for guests that may have to be emulated. Where KVM is to be

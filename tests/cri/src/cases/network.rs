@@ -2,18 +2,22 @@
 //! The pod's network.
 
 use std::fs;
+use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use podhull_testkit::containerd::{BRIDGE, SUBNET_V4, SUBNET_V6};
-use podhull_testkit::cri::api::PortMapping;
+use anyhow::{Context as _, Result, bail, ensure};
+use podhull_testkit::containerd::{BRIDGE, Cni, LINKS_V4, LINKS_V6, SUBNET_V4, SUBNET_V6};
+use podhull_testkit::cri::api::{DnsConfig, PortMapping};
 use podhull_testkit::cri::{Container, Pod};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use crate::case::{cases, contains, same};
 use crate::context::{Context, text_of};
+use crate::outside::{NAMED, NODE, OUTSIDE, Outside, answer_names};
+use crate::peer::numbers;
+use crate::probe::{PROBE, with_probe};
 
 cases! {
     ALL_TWICE:
@@ -24,10 +28,15 @@ cases! {
         network_host_and_pod_reach_each_other,
         network_host_port_leads_to_the_pod;
     ONCE:
-        network_large_transfers_arrive_whole;
+        network_datagrams_of_the_host_are_answered,
+        network_hosts_beyond_the_node_are_reached,
+        network_large_transfers_arrive_whole,
+        network_links_without_a_bridge_lead_everywhere,
+        network_smaller_packets_are_kept_to;
 }
 
 const LARGE: u32 = 32 << 20;
+const WITHIN: Duration = Duration::from_secs(20);
 
 /// A pod with a web server that answers `text` on both families.
 async fn server(t: &Context, name: &str, text: &str) -> Result<(Pod, Container)> {
@@ -161,24 +170,12 @@ async fn network_host_and_pod_reach_each_other(t: &Context) -> Result<()> {
         TcpStream::connect((&*v4, 81)).await.is_err(),
         "a closed port accepts"
     );
-    for (address, name) in [
-        (SUBNET_V4.1, SUBNET_V4.1.to_owned()),
-        (SUBNET_V6.1, SUBNET_V6.1.to_owned()),
-    ] {
+    for address in [SUBNET_V4.1, SUBNET_V6.1] {
         let listener = TcpListener::bind((address, 0)).await?;
-        let port = listener.local_addr()?.port();
-        let script = format!("echo from the pod | timeout 10 nc {name} {port}");
-        let (output, accepted) = tokio::join!(container.shell(&script), async {
-            let (mut stream, peer) = listener.accept().await?;
-            stream.write_all(b"from the host\n").await?;
-            let mut text = [0; 13];
-            stream.read_exact(&mut text).await?;
-            anyhow::Ok((String::from_utf8_lossy(&text).into_owned(), peer))
-        });
-        let (text, peer) = accepted?;
-        same!(text, "from the pod\n");
-        same!(output?.text(), "from the host");
-        let peer = peer.ip().to_string();
+        let (answer, sent, peer) = says(&container, &listener).await?;
+        same!(sent, "from the pod\n");
+        same!(answer, "from the host");
+        let peer = peer.to_string();
         ensure!(peer == v4 || peer == v6, "the pod comes from {peer}");
     }
     Ok(())
@@ -209,7 +206,12 @@ async fn network_host_port_leads_to_the_pod(t: &Context) -> Result<()> {
 }
 
 async fn network_large_transfers_arrive_whole(t: &Context) -> Result<()> {
-    let bytes: Vec<u8> = (0..LARGE / 4).flat_map(u32::to_be_bytes).collect();
+    large_transfers(t, LARGE).await.map(drop)
+}
+
+/// What the pod sends and is sent arrives; the pod's container.
+async fn large_transfers(t: &Context, size: u32) -> Result<Container> {
+    let bytes: Vec<u8> = (0..size / 4).flat_map(u32::to_be_bytes).collect();
     let folder = t.new_folder("data")?;
     fs::write(format!("{folder}/sent"), &bytes)?;
     let pod = t.ready_pod().await?;
@@ -249,6 +251,150 @@ async fn network_large_transfers_arrive_whole(t: &Context) -> Result<()> {
     let received = fs::read(format!("{folder}/received"))?;
     same!(received.len(), bytes.len(), "bytes to the pod");
     ensure!(received == bytes, "the bytes to the pod differ");
+    Ok(container)
+}
+
+/// In one packet and in several.
+async fn network_datagrams_of_the_host_are_answered(t: &Context) -> Result<()> {
+    const PORT: u16 = 9001;
+    let pod = t.ready_pod().await?;
+    let server = with_probe(t, t.container(&pod, "main")).await?;
+    let command = [PROBE, "udp", &PORT.to_string()].map(str::to_owned);
+    let server = server.edit(|config| config.command = command.into());
+    server.start().await?.wrote("ready", WITHIN).await?;
+    let (v4, v6) = pod.addresses().await?;
+    for (own, address) in [("0.0.0.0", v4), ("::", v6)] {
+        let socket = UdpSocket::bind((own, 0)).await?;
+        socket.connect((&*address, PORT)).await?;
+        for size in [1, 1400, 8000] {
+            let sent = numbers(size);
+            socket.send(&sent).await?;
+            let mut answer = vec![0; size + 1];
+            let received = tokio::time::timeout(WITHIN, socket.recv(&mut answer)).await;
+            let received = received.with_context(|| format!("{size} bytes to {address}"))??;
+            ensure!(
+                answer.get(..received) == Some(&sent),
+                "{size} bytes to {address} differ"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// By TCP, and by UDP: a name server that the pod is given.
+async fn network_hosts_beyond_the_node_are_reached(t: &Context) -> Result<()> {
+    let outside = Outside::connected().await?;
+    let dns = DnsConfig {
+        servers: OUTSIDE.map(str::to_owned).into(),
+        ..DnsConfig::default()
+    };
+    let pod = t.pod("pod").edit(|config| config.dns_config = Some(dns));
+    let pod = pod.run().await?;
+    let container = t.container(&pod, "main").idle().start().await?;
+    for (address, node) in OUTSIDE.into_iter().zip(NODE) {
+        let listener = outside.tcp(address, 0).await?;
+        let (answer, sent, peer) = says(&container, &listener).await?;
+        same!(sent, "from the pod\n", "what {address} was sent");
+        same!(answer, "from the host", "what {address} answered");
+        same!(peer.to_string(), node, "who asked {address}");
+    }
+    let [v4, v6] = OUTSIDE;
+    let (names4, names6) = (outside.udp(v4, 53).await?, outside.udp(v6, 53).await?);
+    // Of a server by its address, and of those that the pod is given.
+    for (kind, server) in [("a", v4), ("aaaa", v6), ("a", ""), ("aaaa", "")] {
+        let ask = format!("timeout 20 nslookup -type={kind} host.test {server}");
+        let text = tokio::select! {
+            answer = container.shell(&ask) => answer?.text(),
+            ended = answer_names(&names4) => bail!("the name server ended: {ended:?}"),
+            ended = answer_names(&names6) => bail!("the name server ended: {ended:?}"),
+        };
+        let named = match kind {
+            "a" => NAMED.0.to_string(),
+            _ => NAMED.1.to_string(),
+        };
+        contains!(&text, &named);
+    }
+    Ok(())
+}
+
+/// A line that the pod sends to a server and the server's answer: what either
+/// got, and from where the pod came.
+async fn says(container: &Container, server: &TcpListener) -> Result<(String, String, IpAddr)> {
+    let at = server.local_addr()?;
+    let script = format!(
+        "echo from the pod | timeout 10 nc {} {}",
+        at.ip(),
+        at.port()
+    );
+    let served = async {
+        let (mut stream, peer) = server.accept().await?;
+        stream.write_all(b"from the host\n").await?;
+        let mut text = [0; 13];
+        stream.read_exact(&mut text).await?;
+        anyhow::Ok((String::from_utf8_lossy(&text).into_owned(), peer.ip()))
+    };
+    let served = tokio::time::timeout(WITHIN, served);
+    let (answer, served) = tokio::join!(container.shell(&script), served);
+    let (sent, peer) = served.with_context(|| format!("nobody came to {at}"))??;
+    Ok((answer?.text(), sent, peer))
+}
+
+/// By the CNI's plugin `ptp`, which leaves no route to the pod's own network but
+/// by the node: other pods are there.
+async fn network_links_without_a_bridge_lead_everywhere(t: &Context) -> Result<()> {
+    t.containerd().await.use_cni(Cni::Links).await?;
+    let outside = Outside::connected().await?;
+    let (pod, web) = server(t, "server", "hello").await?;
+    let (v4, v6) = pod.addresses().await?;
+    ensure!(
+        v4.starts_with("10.89.0.") && v6.starts_with("fd00:10:89:"),
+        "{v4} {v6}"
+    );
+    let routes = web.shell("ip route; ip -6 route").await?.text();
+    for (network, gateway) in [LINKS_V4, LINKS_V6] {
+        contains!(
+            &routes,
+            &format!("default via {gateway} dev eth0"),
+            &format!("{network} via {gateway} dev eth0"),
+            &format!("{gateway} dev eth0")
+        );
+        ensure!(
+            !routes.contains(&format!("{network} dev eth0")),
+            "{network} is on the link: {routes}"
+        );
+    }
+    same!(get(&v4, 80).await?, "hello", "IPv4");
+    same!(get(&v6, 80).await?, "hello", "IPv6");
+    for address in [LINKS_V4.1, LINKS_V6.1, OUTSIDE[0], OUTSIDE[1]] {
+        let listener = if OUTSIDE.contains(&address) {
+            outside.tcp(address, 0).await?
+        } else {
+            TcpListener::bind((address, 0)).await?
+        };
+        let (answer, _, _) = says(&web, &listener).await?;
+        same!(answer, "from the host", "{address}");
+    }
+    let client = t.pod("client").run().await?;
+    let script = format!("timeout 5 wget -qO- http://{v4}/; timeout 5 wget -qO- http://[{v6}]/");
+    same!(
+        text_of(t.container(&client, "client"), &script).await?,
+        "hello\nhello"
+    );
+    Ok(())
+}
+
+async fn network_smaller_packets_are_kept_to(t: &Context) -> Result<()> {
+    const MTU: u32 = 1400;
+    let cni = Cni::BridgeWithMtu(MTU);
+    t.containerd().await.use_cni(cni).await?;
+    let container = large_transfers(t, LARGE / 8).await?;
+    let guest = container
+        .exec(["cat", "/sys/class/net/eth0/mtu"])
+        .await?
+        .text();
+    same!(guest, MTU.to_string(), "the pod's MTU");
+    let bridge = fs::read_to_string(format!("/sys/class/net/{BRIDGE}/mtu"))?;
+    same!(bridge.trim(), MTU.to_string(), "the bridge's");
     Ok(())
 }
 
