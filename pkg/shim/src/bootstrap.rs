@@ -72,6 +72,7 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
     let called = called::now().map_err(ShimError::system("read the clock"))?;
     let config = Config::load(Path::new(podhull_config::PATH))?;
     let spec = bundle::read(&caller.bundle)?;
+    bundle::refuse_podless(spec.as_ref(), &args.id)?;
     let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
     let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
     let params = caller.params(args);

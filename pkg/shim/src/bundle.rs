@@ -53,6 +53,20 @@ pub(crate) fn is_sandbox(spec: &Spec) -> bool {
     annotation(spec, CONTAINER_TYPE) == Some("sandbox")
 }
 
+/// Refuses a container that belongs to no pod, as `ctr run` makes one: there is
+/// no VM to put it into. Without a spec, it is the sandbox that is asked for.
+pub(crate) fn refuse_podless(spec: Option<&Spec>, id: &str) -> Result<(), ShimError> {
+    match spec {
+        Some(found) if !is_sandbox(found) && sandbox_of(spec, id) == id => {
+            let reason = format!(
+                "container {id} has no pod to run in: its annotation {SANDBOX_ID} is missing"
+            );
+            Err(SandboxError::refused("annotations", reason).into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whole CPUs for a quota within a period, both in microseconds.
 pub(crate) fn vcpus(quota: i64, period: u64) -> Option<u32> {
     let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
@@ -170,6 +184,23 @@ mod tests {
         assert_eq!(made.vcpus, Some(2));
         assert_eq!(made.sysctls["net.core.somaxconn"], "1024");
         assert_eq!(made.cgroups_path.as_deref(), Some("/kubepods/pod1/s1"));
+    }
+
+    #[test]
+    fn a_container_without_a_pod_is_refused() {
+        let of = |annotations| {
+            spec(serde_json::json!({"ociVersion": "1.0.2", "annotations": annotations}))
+        };
+        let lone = of(serde_json::json!({"other": "x"}));
+        let error = refuse_podless(Some(&lone), "c1").unwrap_err().to_string();
+        assert!(
+            error.contains("c1") && error.contains(SANDBOX_ID),
+            "{error}"
+        );
+        let joins = of(serde_json::json!({SANDBOX_ID: "s1", CONTAINER_TYPE: "container"}));
+        refuse_podless(Some(&joins), "c1").unwrap();
+        refuse_podless(Some(&pause(serde_json::json!([]))), "s1").unwrap();
+        refuse_podless(None, "s1").unwrap();
     }
 
     #[test]

@@ -2,9 +2,9 @@
 //! What OCI has and CRI has no word for, or mends before a runtime sees it: asked
 //! by `ctr`, for a container in a pod that CRI made.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use podhull_testkit::cri::Pod;
 use podhull_testkit::image::BUSYBOX;
 use podhull_testkit::oracle::assert_clean;
@@ -17,15 +17,21 @@ cases! {
         oci_cwd_that_is_a_file_is_refused,
         oci_bind_source_that_is_missing_is_named,
         oci_limits_are_those_of_init_and_exec;
+    PODHULL_TWICE:
+        oci_container_without_a_pod_is_refused;
 }
 
 /// The container that `ctr` makes.
 const ID: &str = "made-by-ctr";
 
+fn runtime(t: &Context) -> String {
+    let name = if t.is_podhull() { "podhull" } else { "runc" };
+    format!("io.containerd.{name}.v2")
+}
+
 /// Runs `command` in a container of `pod`, made with `flags`.
 async fn run(t: &Context, pod: &Pod, flags: &[&str], command: &[&str]) -> Result<String> {
-    let runtime = if t.is_podhull() { "podhull" } else { "runc" };
-    let runtime = format!("io.containerd.{runtime}.v2");
+    let runtime = runtime(t);
     // A shim finds the pod by it, as it does for CRI's containers.
     let sandbox = format!("io.kubernetes.cri.sandbox-id={}", pod.id());
     // A cgroup of its own: runc would leave the one of the namespace. No FIFOs:
@@ -45,28 +51,71 @@ async fn run(t: &Context, pod: &Pod, flags: &[&str], command: &[&str]) -> Result
     t.containerd().await.ctr(&args).await
 }
 
-/// The lower-case words of the refusal, after which the pod and the node are as
-/// they were.
-async fn refused(t: &Context, flags: &[&str]) -> Result<String> {
-    let (pod, container) = t.idle().await?;
-    let flags = [&["--rm"], flags].concat();
-    let text = refusal(run(t, &pod, &flags, &["true"]).await, &flags.join(" "))?;
-    container.exec(["true"]).await?.success()?;
-    pod.stop().await?;
-    pod.remove().await?;
-    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await?;
+/// Runs `script` in the container that `ctr` made.
+async fn exec(t: &Context, flags: &[&str], script: &str) -> Result<String> {
+    let fifos = t.new_folder("fifos")?;
+    let own = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", "by-ctr"];
+    let args = [&own[..], flags, &[ID, "sh", "-c", script]].concat();
+    t.containerd().await.ctr(&args).await
+}
+
+/// Removes the container that `ctr` made.
+async fn gone(t: &Context) -> Result<()> {
+    let ctr = t.containerd().await;
+    ctr.ctr(&["tasks", "delete", "--force", ID]).await?;
+    ctr.ctr(&["containers", "delete", ID]).await.map(drop)
+}
+
+/// The lower-case words of the refusal, after which the pod goes on.
+async fn refused_in(t: &Context, pod: &Pod, flags: &[&str]) -> Result<String> {
+    let with_rm = [&["--rm"], flags].concat();
+    let text = refusal(run(t, pod, &with_rm, &["true"]).await, &flags.join(" "))?;
+    let good = t.container(pod, "good").idle().start().await?;
+    good.exec(["true"]).await?.success()?;
     Ok(text.to_lowercase())
 }
 
+/// The words are runc's: those of a container that cannot be made, and those of
+/// a process that cannot be added.
 async fn oci_cwd_that_is_a_file_is_refused(t: &Context) -> Result<()> {
-    let text = refused(t, &["--cwd", "/bin/busybox"]).await?;
-    contains!(&text, "/bin/busybox", "not a directory");
+    const CWD: [&str; 2] = ["--cwd", "/bin/busybox"];
+    let pod = t.ready_pod().await?;
+    let text = refused_in(t, &pod, &CWD).await?;
+    contains!(
+        &text,
+        "oci runtime create failed: ",
+        "unable to start container process: ",
+        "mkdir ",
+        "/bin/busybox: not a directory"
+    );
+    run(t, &pod, &["--detach"], &["sleep", "1000000"]).await?;
+    let added = refusal(exec(t, &CWD, "true").await, "an exec in a file");
+    gone(t).await?;
+    contains!(
+        added?.to_lowercase(),
+        "oci runtime exec failed: exec failed: unable to start container process: ",
+        "chdir to cwd (\"/bin/busybox\") set in config.json failed: not a directory"
+    );
     Ok(())
+}
+
+/// `ctr run` without a pod: there is no VM to put the container into.
+async fn oci_container_without_a_pod_is_refused(t: &Context) -> Result<()> {
+    let runtime = runtime(t);
+    let args = ["run", "--rm", "--null-io", "--runtime", &runtime, BUSYBOX];
+    let args = [&args[..], &[ID, "true"]].concat();
+    let begin = Instant::now();
+    let text = refusal(t.containerd().await.ctr(&args).await, "a lone container")?;
+    let took = begin.elapsed();
+    contains!(&text, ID, "io.kubernetes.cri.sandbox-id", "no pod");
+    ensure!(took < Duration::from_secs(5), "refused only after {took:?}");
+    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
 
 async fn oci_bind_source_that_is_missing_is_named(t: &Context) -> Result<()> {
     let mount = "type=bind,src=/nonexistent/source,dst=/data,options=rbind:ro";
-    let text = refused(t, &["--mount", mount]).await?;
+    let pod = t.ready_pod().await?;
+    let text = refused_in(t, &pod, &["--mount", mount]).await?;
     contains!(
         &text,
         "/nonexistent/source",
@@ -88,24 +137,8 @@ async fn oci_limits_are_those_of_init_and_exec(t: &Context) -> Result<()> {
     run(t, &pod, flags, &["sleep", "1000000"]).await?;
     let script =
         "grep -h 'Max open files' /proc/1/limits /proc/self/limits; ulimit -Sn; ulimit -Hn";
-    let fifos = t.new_folder("fifos")?;
-    let ctr = t.containerd().await;
-    let text = ctr
-        .ctr(&[
-            "tasks",
-            "exec",
-            "--fifo-dir",
-            &fifos,
-            "--exec-id",
-            "limits",
-            ID,
-            "sh",
-            "-c",
-            script,
-        ])
-        .await;
-    ctr.ctr(&["tasks", "delete", "--force", ID]).await?;
-    ctr.ctr(&["containers", "delete", ID]).await?;
+    let text = exec(t, &[], script).await;
+    gone(t).await?;
     let text = text?;
     let words: Vec<_> = text
         .split_whitespace()
