@@ -76,7 +76,9 @@ pub(crate) fn run_halting_vm() -> io::Result<()> {
     let host = memory
         .get_host_address(GuestAddress(AT))
         .map_err(io::Error::other)?;
-    let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(fail)?;
+    let vm = Kvm::new()
+        .and_then(|kvm| kvm.create_vm())
+        .map_err(|error| io::Error::other(format!("/dev/kvm: {}", fail(error))))?;
     let region = kvm_bindings::kvm_userspace_memory_region {
         slot: 0,
         flags: 0,

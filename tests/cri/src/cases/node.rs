@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::oracle::assert_clean;
 
@@ -203,12 +204,50 @@ async fn node_wrong_settings_are_named_with_their_line(t: &Context) -> Result<()
     works_again(t).await
 }
 
+/// A file of the node's with another in its place, until this goes.
+#[derive(Debug)]
+struct Instead(&'static str);
+
+impl Instead {
+    fn of(file: &'static str, other: &str) -> Result<Self> {
+        let none = None::<&str>;
+        mount(Some(other), file, none, MsFlags::MS_BIND, none)
+            .with_context(|| format!("{other} instead of {file}"))?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for Instead {
+    fn drop(&mut self) {
+        // If it stays, the leak oracle tells.
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Both reasons, on a node with KVM as well: a CPU that cannot, and a device that
+/// does not do what it is for.
 async fn node_without_kvm_is_refused_unless_emulation_is_allowed(t: &Context) -> Result<()> {
-    fs::write(CONFIG, with(t, "allow_emulation", "false"))?;
-    let text = match t.pod("pod").run().await {
-        Ok(_) => return Err(Skip("KVM works on this machine".into()).into()),
-        Err(error) => format!("{error:#}"),
-    };
-    contains!(&text, "KVM cannot be used", "allow_emulation");
+    let config = with(t, "allow_emulation", "false");
+    for (flags, reason) in [
+        ("fpu svme", &["the CPU shows neither vmx nor svm"][..]),
+        ("fpu vmx", &["a probe VM did not run: ", "/dev/kvm: "]),
+    ] {
+        let cpuinfo = t.new_file("cpuinfo", &format!("flags\t\t: {flags}\n"))?;
+        let instead = Instead::of("/proc/cpuinfo", &cpuinfo)?;
+        let no_kvm = Path::new("/dev/kvm").exists();
+        let no_kvm = no_kvm.then(|| Instead::of("/dev/kvm", "/dev/null"));
+        let no_kvm = no_kvm.transpose()?;
+        fs::write(CONFIG, &config)?;
+        let begin = Instant::now();
+        let text = refusal(t.pod("pod").run().await, flags)?;
+        let took = begin.elapsed();
+        drop((no_kvm, instead));
+        contains!(&text, "KVM cannot be used: ", "allow_emulation");
+        for words in reason {
+            contains!(&text, *words);
+        }
+        ensure!(took < AT_ONCE, "{flags}: refused only after {took:?}");
+        assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await?;
+    }
     works_again(t).await
 }
