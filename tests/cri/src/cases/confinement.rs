@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
+use podhull_testkit::pod_processes::Part;
 
 use crate::case::{cases, contains, same};
 use crate::context::Context;
@@ -230,20 +232,46 @@ async fn confinement_file_server_keeps_only_its_capabilities(t: &Context) -> Res
     Ok(())
 }
 
+/// Of the memberships in /proc/PID/cgroup those that account for something: each
+/// hierarchy of version 1 but the named ones, or the only one of version 2.
+fn accounting(cgroups: &str) -> Vec<&str> {
+    let of = |line: &&str| {
+        let controllers = line.split(':').nth(1).unwrap_or_default();
+        !controllers.is_empty() && !controllers.starts_with("name=")
+    };
+    let first: Vec<_> = cgroups.lines().filter(of).collect();
+    if first.is_empty() {
+        return cgroups.lines().collect();
+    }
+    first
+}
+
 async fn confinement_everything_is_in_the_pods_cgroup(t: &Context) -> Result<()> {
     let (pod, _container) = t.idle().await?;
-    let processes = Processes::of(pod.id())?;
-    for role in [Role::Vmm, Role::FileServer, Role::VsockDaemon] {
-        let Ok(pid) = processes.pid(role) else {
-            ensure!(role == Role::VsockDaemon, "no {role:?}");
-            continue;
-        };
-        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-        let memory = cgroups
-            .lines()
-            .find(|line| line.contains(":memory:") || line.starts_with("0::"))
-            .context("no memory cgroup")?;
-        ensure!(memory.contains(pod.id()), "{role:?} is in {memory}");
+    let processes = podhull_testkit::pod_processes::of_pod(pod.id())?;
+    let around: Vec<_> = processes
+        .iter()
+        .filter(|process| process.part != Part::Shim)
+        .collect();
+    // The VMM, the file server and who waits for it, and the vsock daemon.
+    let expected = if Path::new("/dev/vhost-vsock").exists() {
+        3
+    } else {
+        4
+    };
+    same!(
+        around.len(),
+        expected,
+        "processes around the VM: {around:#?}"
+    );
+    for process in around {
+        let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid))?;
+        let accounting = accounting(&cgroups);
+        ensure!(!accounting.is_empty(), "no cgroups: {cgroups}");
+        for cgroup in accounting {
+            let id = pod.id();
+            ensure!(cgroup.contains(id), "{process:?} is in {cgroup}");
+        }
     }
     Ok(())
 }
