@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Processes of a pod die or hang.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,6 +15,7 @@ use super::lifecycle::boot_id;
 use super::node::{CONFIG, with};
 use crate::case::{Skip, cases, contains, same};
 use crate::context::{Context, refusal};
+use crate::held::run_folder;
 use crate::procfs::{Processes, Role, signal};
 
 cases! {
@@ -21,6 +23,7 @@ cases! {
         fault_killed_shim_takes_its_pod_along,
         fault_killed_vmm_ends_its_pod_only;
     PODHULL_TWICE:
+        fault_terminated_shim_ends_its_pod_in_order,
         fault_killed_file_server_ends_its_pod,
         fault_killed_vsock_daemon_ends_its_pod,
         fault_panic_of_the_guest_ends_its_pod,
@@ -85,6 +88,53 @@ async fn fault_killed_shim_takes_its_pod_along(t: &Context) -> Result<()> {
     // 255 is containerd's own word if its waiting call fails before `delete` answers.
     ensure!([137, 255].contains(&code), "exit code {code}");
     Ok(())
+}
+
+/// SIGTERM is an end in order: nothing is cut, and containerd hears of it from
+/// the shim, before that is gone.
+async fn fault_terminated_shim_ends_its_pod_in_order(t: &Context) -> Result<()> {
+    const STEPS: [&str; 9] = [
+        "processes",
+        "sessions",
+        "agent",
+        "grpc",
+        "transport",
+        "vm",
+        "network",
+        "tree",
+        "folder",
+    ];
+    let (pod, container) = t.idle().await?;
+    let processes = Processes::of(pod.id())?;
+    let shim = processes.pid(Role::Shim)?;
+    // The file goes with the shim; who has it open can still read it.
+    let mut log = File::open(run_folder(shim)?.join("shim.log"))?;
+    let begin = Instant::now();
+    signal(shim, Signal::SIGTERM)?;
+    same!(container.exited(NOTICED_WITHIN).await?.exit_code, 137);
+    ensure!(
+        Processes::of(pod.id()).is_ok(),
+        "told only after the shim's end"
+    );
+    pod.not_ready(NOTICED_WITHIN).await?;
+    processes.gone(NOTICED_WITHIN).await?;
+    let took = begin.elapsed();
+    let mut text = String::new();
+    log.read_to_string(&mut text)?;
+    ensure!(text.contains("terminated"), "it does not know why: {text}");
+    let report = text
+        .lines()
+        .find_map(|line| line.split_once("released report="));
+    let (_, report) = report.with_context(|| format!("no report in: {text}"))?;
+    // `step: outcome`, as many as there were.
+    let steps: Vec<_> = report.split(", ").collect();
+    let expected = STEPS.map(|step| format!("{step}: clean"));
+    same!(steps, expected, "{report}");
+    ensure!(took < Duration::from_secs(8), "it took {took:?}");
+    pod.stop().await?;
+    container.remove().await?;
+    pod.remove().await?;
+    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
 
 async fn fault_killed_shim_leaves_nothing_whatever_became_of_its_configuration(
