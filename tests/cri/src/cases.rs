@@ -5,6 +5,7 @@ mod cgroup;
 mod churn;
 mod concurrency;
 mod confinement;
+mod console;
 mod container;
 mod dead;
 mod event;
@@ -73,6 +74,7 @@ pub(crate) fn all() -> Vec<Case> {
         vsock_id::cases(),
         churn::cases(),
         fault::cases(),
+        console::cases(),
         dead::cases(),
         hung::cases(),
         killed::cases(),
