@@ -11,6 +11,7 @@ mod dead;
 mod event;
 mod exec;
 mod fault;
+mod garbled;
 mod hung;
 mod killed;
 mod lifecycle;
@@ -69,6 +70,7 @@ pub(crate) fn all() -> Vec<Case> {
         stream_load::cases(),
         event::cases(),
         refusal::cases(),
+        garbled::cases(),
         confinement::cases(),
         vsock::cases(),
         vsock_id::cases(),
