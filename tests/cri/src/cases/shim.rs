@@ -7,8 +7,11 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use containerd_shim_protos::protobuf::Message as _;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use podhull_testkit::cri::api::{RuntimeHandler, StatusRequest};
 use podhull_testkit::oracle::assert_clean;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::process::Command;
@@ -23,10 +26,16 @@ cases! {
         shim_boot_is_told_and_emulation_is_said;
     PODHULL_ONCE:
         shim_version_and_info_are_printed,
+        shim_info_is_understood_by_containerd,
         shim_delete_of_an_unknown_sandbox_succeeds,
         shim_wrong_arguments_are_named,
         shim_garbled_bundles_are_named_with_their_line;
 }
+
+/// The runtime's name in containerd's configuration.
+const RUNTIME: &str = "io.containerd.podhull.v2";
+/// What containerd calls the type of the features.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 async fn shim(t: &Context, args: &[&str]) -> Result<Output> {
     let bundle = t.new_folder("bundle")?;
@@ -42,12 +51,86 @@ async fn shim(t: &Context, args: &[&str]) -> Result<Output> {
 }
 
 async fn shim_version_and_info_are_printed(t: &Context) -> Result<()> {
-    for flag in ["-v", "-info"] {
+    const VERSION: &str = env!("CARGO_PKG_VERSION");
+    for flag in ["-v", "-version", "--version"] {
         let output = shim(t, &[flag]).await?;
         ensure!(output.status.success(), "{flag}: {output:?}");
         let text = String::from_utf8_lossy(&output.stdout);
-        contains!(&text, env!("CARGO_PKG_VERSION"));
+        contains!(&text, "containerd-shim-podhull-v2", RUNTIME);
+        let version = text.lines().find_map(|line| line.split_once("Version:"));
+        let (_, version) = version.with_context(|| format!("{flag}: no version: {text}"))?;
+        same!(version.trim(), VERSION, "{flag}");
     }
+    for flag in ["-info", "--info"] {
+        let output = shim(t, &[flag]).await?;
+        ensure!(output.status.success(), "{flag}: {output:?}");
+        let info = RuntimeInfo::parse_from_bytes(&output.stdout);
+        let info = info.with_context(|| format!("{flag}: no RuntimeInfo"))?;
+        same!(info.name, RUNTIME, "{flag}");
+        same!(info.version.version, VERSION, "{flag}");
+        same!(info.features.type_url, FEATURES, "{flag}");
+        features(&serde_json::from_slice(&info.features.value)?)?;
+    }
+    Ok(())
+}
+
+/// What the runtime specification's `features.md` has, as it is for a guest.
+fn features(features: &Value) -> Result<()> {
+    for (pointer, expected) in [
+        ("/ociVersionMin", json!("1.0.0")),
+        ("/linux/cgroup/v1", json!(false)),
+        ("/linux/cgroup/v2", json!(true)),
+        ("/linux/cgroup/systemd", json!(false)),
+        ("/linux/seccomp/enabled", json!(true)),
+        ("/linux/apparmor/enabled", json!(false)),
+        ("/linux/selinux/enabled", json!(false)),
+        ("/linux/mountExtensions/idmap/enabled", json!(false)),
+    ] {
+        same!(
+            features.pointer(pointer),
+            Some(&expected),
+            "{pointer} in {features}"
+        );
+    }
+    let list = |pointer: &str| -> Result<Vec<&str>> {
+        let words = features.pointer(pointer).and_then(Value::as_array);
+        let words = words.with_context(|| format!("{pointer} in {features}"))?;
+        Ok(words.iter().filter_map(Value::as_str).collect())
+    };
+    let namespaces = list("/linux/namespaces")?;
+    ensure!(!namespaces.contains(&"user"), "{namespaces:?}");
+    ensure!(namespaces.contains(&"pid"), "{namespaces:?}");
+    let options = list("/mountOptions")?;
+    for option in ["rbind", "ro", "rro", "rslave"] {
+        ensure!(options.contains(&option), "no {option} among {options:?}");
+    }
+    Ok(())
+}
+
+/// What containerd reads of it, and tells its own clients and the kubelet.
+async fn shim_info_is_understood_by_containerd(t: &Context) -> Result<()> {
+    let inspect = ["plugins", "inspect-runtime", "--runtime", RUNTIME];
+    let text = t.containerd().await.ctr(&inspect).await?;
+    let told: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    same!(told["Name"], RUNTIME, "{text}");
+    same!(
+        told["Version"]["Version"],
+        env!("CARGO_PKG_VERSION"),
+        "{text}"
+    );
+    features(&told["Features"])?;
+    let status = StatusRequest { verbose: false };
+    let status = t.client().runtime().status(status).await?.into_inner();
+    let ours = |handler: &&RuntimeHandler| handler.name == t.setup().handler;
+    let handler = status.runtime_handlers.iter().find(ours);
+    let features = handler.and_then(|handler| handler.features);
+    let features = features.with_context(|| format!("{:?}", status.runtime_handlers))?;
+    same!(features.user_namespaces, false, "user namespaces");
+    same!(
+        features.recursive_read_only_mounts,
+        true,
+        "recursive read-only mounts"
+    );
     Ok(())
 }
 
