@@ -10,6 +10,7 @@ mod container;
 mod dead;
 mod event;
 mod exec;
+mod exec_confined;
 mod fault;
 mod garbled;
 mod hung;
@@ -59,6 +60,7 @@ pub(crate) fn all() -> Vec<Case> {
         cgroup::cases(),
         network::cases(),
         exec::cases(),
+        exec_confined::cases(),
         session::cases(),
         reader::cases(),
         stream_exec::cases(),

@@ -20,7 +20,6 @@ cases! {
         exec_after_the_end_fails;
     ALL_TWICE:
         exec_environment_and_folder_are_the_containers,
-        exec_confinement_equals_that_of_init,
         exec_many_at_once_all_answer,
         exec_large_output_arrives_whole,
         exec_one_large_write_arrives_whole,
@@ -110,45 +109,6 @@ async fn exec_environment_and_folder_are_the_containers(t: &Context) -> Result<(
         .success()?
         .text();
     same!(lines[7], init, "the mount namespace");
-    Ok(())
-}
-
-async fn exec_confinement_equals_that_of_init(t: &Context) -> Result<()> {
-    let pod = t.ready_pod().await?;
-    let container = t
-        .container(&pod, "main")
-        .idle()
-        .security(|security| {
-            security.no_new_privs = true;
-            security.seccomp = Some(Default::default());
-            let capabilities = security.capabilities.get_or_insert_default();
-            capabilities.drop_capabilities = vec!["MKNOD".into(), "NET_RAW".into()];
-            capabilities.add_capabilities = vec!["SYS_PTRACE".into()];
-        })
-        .start()
-        .await?;
-    let of = async |pid: &str| -> Result<String> {
-        let words = "^(Seccomp|Seccomp_filters|NoNewPrivs|Cap[A-Za-z]*|Uid|Gid|Groups):";
-        let file = format!("/proc/{pid}/status");
-        Ok(container
-            .exec(["grep", "-E", words, &file])
-            .await?
-            .success()?
-            .text())
-    };
-    let (init, exec) = (of("1").await?, of("self").await?);
-    contains!(&exec, "Seccomp:\t2", "NoNewPrivs:\t1");
-    same!(exec, init);
-    let cgroup = async |pid: &str| {
-        container
-            .exec(["cat", &format!("/proc/{pid}/cgroup")])
-            .await
-    };
-    same!(
-        cgroup("self").await?.text(),
-        cgroup("1").await?.text(),
-        "the cgroups"
-    );
     Ok(())
 }
 
