@@ -23,6 +23,8 @@ pub enum RpcKind {
     Exhausted,
     /// The agent does not know the call.
     Unimplemented,
+    /// A process cannot be started; the words say why.
+    Unknown,
     /// Anything else.
     Internal,
 }
@@ -38,8 +40,8 @@ impl From<Code> for RpcKind {
             Code::DeadlineExceeded => Self::DeadlineExceeded,
             Code::ResourceExhausted => Self::Exhausted,
             Code::Unimplemented => Self::Unimplemented,
+            Code::Unknown => Self::Unknown,
             Code::Ok
-            | Code::Unknown
             | Code::PermissionDenied
             | Code::Internal
             | Code::DataLoss

@@ -13,7 +13,9 @@ impl From<GuestError> for Status {
             }
             GuestError::NoProcess(_) => Code::NotFound,
             GuestError::Exists(_) => Code::AlreadyExists,
-            GuestError::WrongState { .. } | GuestError::Start(_) => Code::FailedPrecondition,
+            GuestError::WrongState { .. } => Code::FailedPrecondition,
+            // As containerd has it from runc.
+            GuestError::Start(_) => Code::Unknown,
             GuestError::Deadline(_) => Code::DeadlineExceeded,
             GuestError::File { .. }
             | GuestError::System { .. }
@@ -33,9 +35,6 @@ mod tests {
     fn words_of_a_failed_start_are_kept() {
         let words = "exec: \"nope\": executable file not found in $PATH";
         let status = Status::from(GuestError::Start(words.into()));
-        assert_eq!(
-            (status.code(), status.message()),
-            (Code::FailedPrecondition, words)
-        );
+        assert_eq!((status.code(), status.message()), (Code::Unknown, words));
     }
 }

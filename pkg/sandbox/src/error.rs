@@ -30,6 +30,8 @@ pub enum ErrorKind {
     Exhausted,
     /// podhull does not offer it.
     Unimplemented,
+    /// A process cannot be started: containerd knows no kind for it.
+    Unknown,
     /// Anything else.
     Internal,
 }
@@ -201,6 +203,7 @@ fn agent_kind(error: &AgentError) -> ErrorKind {
             RpcKind::DeadlineExceeded => ErrorKind::DeadlineExceeded,
             RpcKind::Exhausted => ErrorKind::Exhausted,
             RpcKind::Unimplemented => ErrorKind::Unimplemented,
+            RpcKind::Unknown => ErrorKind::Unknown,
             RpcKind::Internal => ErrorKind::Internal,
         },
         AgentError::Closing | AgentError::VmGone { .. } => ErrorKind::Unavailable,
@@ -224,6 +227,16 @@ mod tests {
         let text = chain(&error);
         assert_eq!(text.matches("is closing").count(), 1, "{text}");
         assert!(text.contains("no init"), "{text}");
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_started_keeps_its_kind() {
+        let error = AgentError::Rpc {
+            method: "Start",
+            kind: RpcKind::Unknown,
+            message: "exec: not found".into(),
+        };
+        assert_eq!(SandboxError::from(error).kind(), ErrorKind::Unknown);
     }
 
     #[test]

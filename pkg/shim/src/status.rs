@@ -18,6 +18,7 @@ fn code(kind: ErrorKind) -> Code {
         ErrorKind::DeadlineExceeded => Code::DEADLINE_EXCEEDED,
         ErrorKind::Exhausted => Code::RESOURCE_EXHAUSTED,
         ErrorKind::Unimplemented => Code::UNIMPLEMENTED,
+        ErrorKind::Unknown => Code::UNKNOWN,
         ErrorKind::Internal => Code::INTERNAL,
     }
 }

@@ -9,6 +9,7 @@ use podhull_testkit::cri::api::ExecSyncRequest;
 use podhull_testkit::cri::reply;
 
 use crate::case::{cases, contains, same};
+use crate::client::{FAILED, STDIN, exec_with};
 use crate::context::{Context, refusal};
 use crate::probe::{PROBE, with_probe};
 
@@ -16,6 +17,7 @@ cases! {
     ALL:
         exec_exit_codes_and_streams_are_kept_apart,
         exec_commands_that_cannot_run_fail_at_once,
+        exec_of_what_cannot_run_is_told_as_by_runc,
         exec_timeout_kills_the_process,
         exec_after_the_end_fails;
     ALL_TWICE:
@@ -25,6 +27,12 @@ cases! {
         exec_one_large_write_arrives_whole,
         exec_process_that_leaves_a_child_ends;
 }
+
+/// Within this, what cannot run has failed.
+const FAILS_WITHIN: Duration = Duration::from_secs(5);
+const NOT_FOUND: &[&str] = &["executable file not found in $path"];
+const NO_SUCH_FILE: &[&str] = &["no such file or directory"];
+const DENIED: &[&str] = &["permission denied"];
 
 async fn exec_exit_codes_and_streams_are_kept_apart(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
@@ -52,33 +60,82 @@ async fn exec_exit_codes_and_streams_are_kept_apart(t: &Context) -> Result<()> {
 async fn exec_commands_that_cannot_run_fail_at_once(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
     for (command, says) in [
-        (
-            "no-such-command",
-            &["executable file not found in $path"][..],
-        ),
-        ("/no/such/file", &["no such file or directory"]),
-        ("/etc/not-executable", &["permission denied"]),
+        ("no-such-command", NOT_FOUND),
+        ("/no/such/file", NO_SUCH_FILE),
+        ("/etc/not-executable", DENIED),
         // runc before and since 1.2.
         ("/etc", &["permission denied", "is a directory"]),
-        ("/etc/no-interpreter", &["no such file or directory"]),
+        ("/etc/no-interpreter", NO_SUCH_FILE),
     ] {
         let begin = Instant::now();
         let text = match container.exec([command]).await {
             Err(error) => format!("{error:#}"),
             Ok(output) => format!("{} {}", output.code, output.error_text()),
         };
-        let text = text.to_lowercase();
-        ensure!(
-            says.iter().any(|words| text.contains(words)),
-            "none of {says:?} in: {text}"
-        );
-        let took = begin.elapsed();
-        ensure!(
-            took < Duration::from_secs(5),
-            "{command} failed only after {took:?}"
-        );
+        at_once(begin, command)?;
+        says_one_of(&text, says)?;
     }
     container.exec(["true"]).await?.success()?;
+    Ok(())
+}
+
+fn at_once(begin: Instant, command: &str) -> Result<()> {
+    let took = begin.elapsed();
+    ensure!(took < FAILS_WITHIN, "{command} failed only after {took:?}");
+    Ok(())
+}
+
+fn says_one_of(text: &str, says: &[&str]) -> Result<()> {
+    let text = text.to_lowercase();
+    let said = says.iter().any(|words| text.contains(words));
+    ensure!(said, "none of {says:?} in: {text}");
+    Ok(())
+}
+
+/// By ExecSync and by a stream: what is no program is an error of the runtime's
+/// in runc's words, without an exit code; a shell gives the code that it has for it.
+async fn exec_of_what_cannot_run_is_told_as_by_runc(t: &Context) -> Result<()> {
+    const RUNTIME: &str =
+        "OCI runtime exec failed: exec failed: unable to start container process: exec: ";
+    let (_pod, container) = t.idle().await?;
+    for (command, says, code) in [
+        ("no-such-command", NOT_FOUND, 127),
+        ("/no/such/file", NO_SUCH_FILE, 127),
+        ("/etc/not-executable", DENIED, 126),
+    ] {
+        let quoted = format!("{RUNTIME}{command:?}: ");
+        let begin = Instant::now();
+        let error = container.exec([command]).await;
+        let error = error.err().with_context(|| format!("{command} ran"))?;
+        at_once(begin, command)?;
+        let reply = reply(&error).context("no reply")?;
+        same!(
+            format!("{:?}", reply.code()),
+            "Unknown",
+            "{}",
+            reply.message()
+        );
+        contains!(reply.message(), &quoted);
+        says_one_of(reply.message(), says)?;
+
+        let begin = Instant::now();
+        let streamed = exec_with(t, &container, STDIN, &[command], b"").await?;
+        at_once(begin, command)?;
+        same!(streamed.code, FAILED, "{}", streamed.error_text());
+        contains!(streamed.error_text(), &quoted);
+        says_one_of(&streamed.error_text(), says)?;
+
+        // The shell is a program that runs: what it says is the exec's.
+        let begin = Instant::now();
+        same!(
+            container.shell(command).await?.code,
+            code,
+            "sh -c {command}"
+        );
+        let streamed = exec_with(t, &container, STDIN, &["sh", "-c", command], b"").await?;
+        same!(streamed.code, code, "sh -c {command}, streamed");
+        at_once(begin, command)?;
+    }
     Ok(())
 }
 
