@@ -31,8 +31,8 @@ kvm() {
   [ "$status" = 0 ] || return "$status"
   make -s tools streams guest shim
   cargo build --quiet --release --locked -p podhull-cri-tests
-  tests=$(cargo test --quiet --locked --no-run --message-format=json -p podhull-transport --test vsock \
-    | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+  tests=$(cargo test --quiet --locked --no-run --message-format=json -p podhull-transport -p podhull-agent-client \
+    --test vsock | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
   VSOCK_TESTS=$tests tests/kvm/lane.sh "$@"
 }
 

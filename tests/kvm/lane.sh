@@ -25,7 +25,7 @@ LIMIT=${LANE_LIMIT:-3000}
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}
 suite=$CARGO_TARGET_DIR/release/podhull-cri-tests
-# pkg/transport's tests over AF_VSOCK, which the node's kernel loops back.
+# Crates' tests over AF_VSOCK, which the node's kernel loops back: programs, one a line.
 vsock_tests=${VSOCK_TESTS:-}
 PODHULL_SHIM=${PODHULL_SHIM:-$CARGO_TARGET_DIR/release/containerd-shim-podhull-v2}
 PODHULL_KERNEL=${PODHULL_KERNEL:-$ROOT/target/guest/vmlinux}
@@ -114,10 +114,14 @@ follow() {
 
 # Runs in the node: the transports first; none of their tests may find nothing to test.
 with_vsock_tests() {
-  local said
-  said=$(timeout 120 "$1" --nocapture 2>&1) || { echo "$said"; return 1; }
-  echo "$said"
-  ! grep -q '^SKIP' <<<"$said" || return 1
+  local tests said
+  for tests in "$1"/vsock-tests-*; do
+    said=$(timeout 120 "$tests" --nocapture 2>&1) || { echo "$said"; return 1; }
+    echo "$said"
+    grep -q '^test result: ok\. [1-9]' <<<"$said" || return 1
+    # With one CPU it follows the test's name on its line.
+    ! grep -q SKIP <<<"$said" || return 1
+  done
   shift
   "$@"
 }
@@ -139,11 +143,13 @@ check_vmms() {
 
 # run COMMAND... : sets `code` to what it ended with in the node.
 run() {
-  local begin=$SECONDS
+  local begin=$SECONDS tests
   rm -rf "$out" && mkdir -p "$out/bin"
   install -m 0755 "$ROOT/tests/kvm/node.sh" "$ROOT/tests/kvm/watch.sh" "$out"
   [ ! -x "$suite" ] || cp "$suite" "$out/bin/"
-  [ -z "$vsock_tests" ] || cp "$vsock_tests" "$out/bin/vsock-tests"
+  while read -r tests; do
+    [ -z "$tests" ] || cp "$tests" "$out/bin/vsock-tests-$(basename "$tests")"
+  done <<<"$vsock_tests"
   write_job "$@"
   start_node
   follow
@@ -169,9 +175,9 @@ else
   [ -x "$suite" ] || die "$suite is missing: make test-all PART=kvm builds it"
   [ "${1:-}" != --smoke ] || set -- $SMOKE
   [ $# -gt 0 ] || set -- $FILTER
-  [ -n "$vsock_tests" ] || die "VSOCK_TESTS: the built tests of pkg/transport over AF_VSOCK (make test-kvm sets it)"
+  [ -n "$vsock_tests" ] || die "VSOCK_TESTS: the built tests over AF_VSOCK (make test-kvm sets it)"
   run bash -c "$(declare -f with_vsock_tests); with_vsock_tests \"\$@\"" - \
-    "$out/bin/vsock-tests" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
+    "$out/bin" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
   check_vmms
   exit "$code"
 fi

@@ -14,47 +14,24 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use podhull_transport::{
-    Closing, GuestAddress, GuestSession, Holder, HolderKind, HostSession, Lease, LeaseSet,
-    SessionError, SessionTarget, TransportError, VsockListener, VsockTransport, open_session,
-    receive_session, reset,
+    Closing, GuestAddress, GuestSession, HostSession, LeaseSet, SessionError, SessionTarget,
+    TransportError, VsockListener, VsockTransport, open_session, receive_session, reset,
 };
 use podhull_types::{Cid, Deadline, Token, VsockPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
-/// `VMADDR_CID_LOCAL` of linux/vm_sockets.h.
-const LOCAL: Cid = Cid(1);
+use loopback::{LOCAL, connected, dial, lease, soon, with_loopback};
+use storm::Storm;
+
+#[path = "shared/loopback.rs"]
+mod loopback;
+#[path = "shared/storm.rs"]
+mod storm;
+
 /// No VM of the machine under test has this one.
 const ABSENT: Cid = Cid(0x7ffe_dead);
-
-fn soon() -> Deadline {
-    Deadline::after(Duration::from_secs(20))
-}
-
-fn lease(leases: &LeaseSet) -> Lease {
-    let holder = Holder::new(HolderKind::Session, "test");
-    leases.issue(holder).unwrap()
-}
-
-async fn dial(leases: &LeaseSet, port: VsockPort) -> Result<VsockTransport, TransportError> {
-    dial_cid(LOCAL, leases, port).await
-}
-
-async fn dial_cid(
-    cid: Cid,
-    leases: &LeaseSet,
-    port: VsockPort,
-) -> Result<VsockTransport, TransportError> {
-    let address = GuestAddress::Vsock { cid };
-    address.dial(port, lease(leases), soon()).await
-}
-
-async fn connected(leases: &LeaseSet) -> (VsockTransport, VsockTransport) {
-    let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
-    let (dialled, accepted) = tokio::join!(dial(leases, listener.port()), listener.accept());
-    assert!(listener.close(soon()).await.is_clean());
-    (dialled.unwrap(), accepted.unwrap())
-}
 
 fn token() -> Token {
     Token::from_bytes([3; Token::LEN])
@@ -79,17 +56,120 @@ async fn tcp() -> (TcpStream, TcpStream) {
     (connected.unwrap(), accepted.unwrap().0)
 }
 
-/// Runs `test`, or says why not.
-fn with_loopback(test: impl Future<Output = ()>) {
-    if !Path::new("/sys/module/vsock_loopback").exists() {
-        println!("SKIP: the kernel does not loop AF_VSOCK back");
-        return;
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
+/// A word each way.
+async fn talk(one: &VsockTransport, other: &VsockTransport) {
+    let (mut ours, mut theirs) = (one.io().unwrap(), other.io().unwrap());
+    let mut word = [0; 5];
+    ours.write_all(b"there").await.unwrap();
+    theirs.read_exact(&mut word).await.unwrap();
+    assert_eq!(&word, b"there");
+    theirs.write_all(b"back!").await.unwrap();
+    ours.read_exact(&mut word).await.unwrap();
+    assert_eq!(&word, b"back!");
+}
+
+#[test]
+fn l1_descriptor_and_lease_go_together() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        assert_eq!(leases.held().len(), 2);
+        assert!(one.close(soon()).await.is_clean());
+        assert_eq!(leases.held().len(), 1);
+        assert_eq!(other.io().unwrap().read(&mut [0]).await.unwrap(), 0);
+        assert!(other.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    });
+}
+
+#[test]
+fn l1_a_view_keeps_descriptor_and_vm_after_close() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        let mut view = one.io().unwrap();
+        let report = one.close(Deadline::after(Duration::from_millis(20))).await;
+        assert!(!report.is_clean(), "{report}");
+        assert_eq!(leases.held().len(), 2, "the VM is still held");
+        let error = view.write_all(b"x").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
+        let mut io = other.io().unwrap();
+        let early = timeout(Duration::from_millis(100), io.read(&mut [0])).await;
+        assert!(early.is_err(), "ended with a view left: {early:?}");
+        drop(view);
+        assert_eq!(io.read(&mut [0]).await.unwrap(), 0, "closed with the view");
+        drop(io);
+        assert!(other.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    });
+}
+
+/// Whoever goes first: what is left has its descriptor, and its number is
+/// nobody else's.
+#[test]
+fn l1_each_copy_is_valid_when_the_others_have_gone() {
+    with_loopback(async {
+        let storm = Storm::new();
+        let leases = LeaseSet::new("vm");
+        for round in 0..20 {
+            let (original, other) = connected(&leases).await;
+            let mut copies: Vec<_> = (0..3).map(|_| original.try_dup().unwrap()).collect();
+            copies.insert(round % 4, original);
+            while let Some(next) = copies.pop() {
+                talk(&next, &other).await;
+                assert_eq!(leases.held().len(), copies.len() + 2);
+                assert!(next.close(soon()).await.is_clean());
+                for copy in &copies {
+                    talk(copy, &other).await;
+                }
+            }
+            assert_eq!(other.io().unwrap().read(&mut [0]).await.unwrap(), 0);
+            assert!(other.close(soon()).await.is_clean());
+            assert!(leases.held().is_empty());
+        }
+        storm.end();
+    });
+}
+
+/// Unlike other sockets', these are made by a crate of its own.
+#[test]
+fn l2_descriptors_are_not_inherited_by_children() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
+        let (dialled, accepted) = connected(&leases).await;
+        let copies = [dialled.try_dup().unwrap(), accepted.try_dup().unwrap()];
+        let listing = std::process::Command::new("ls")
+            .args(["-l", "/proc/self/fd"])
+            .output()
+            .unwrap();
+        let listing = String::from_utf8(listing.stdout).unwrap();
+        assert!(listing.contains("pipe:"), "{listing}");
+        assert!(!listing.contains("socket:"), "{listing}");
+        for transport in copies.into_iter().chain([dialled, accepted]) {
+            assert!(transport.close(soon()).await.is_clean());
+        }
+        assert!(listener.close(soon()).await.is_clean());
+    });
+}
+
+#[test]
+fn l3_the_peers_end_is_read_and_closing_after_it_is_clean() {
+    with_loopback(async {
+        let leases = LeaseSet::new("vm");
+        let (one, other) = connected(&leases).await;
+        other.io().unwrap().write_all(b"last").await.unwrap();
+        assert!(other.close(soon()).await.is_clean());
+        let mut received = Vec::new();
+        let mut io = one.io().unwrap();
+        io.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received, b"last");
+        let error = io.write_all(b"late").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+        drop(io);
+        assert!(one.close(soon()).await.is_clean());
+        assert!(leases.held().is_empty());
+    });
 }
 
 #[test]
@@ -126,7 +206,8 @@ fn l7_a_host_reaches_itself_as_the_host_and_as_local() {
             let leases = LeaseSet::new("vm");
             // Whichever it dials, it comes as local.
             let listener = VsockListener::bind_vsock(None, LOCAL, leases.clone()).unwrap();
-            let dialled = dial_cid(cid, &leases, listener.port());
+            let address = GuestAddress::Vsock { cid };
+            let dialled = address.dial(listener.port(), lease(&leases), soon());
             let (dialled, accepted) = tokio::join!(dialled, listener.accept());
             let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
             dialled.io().unwrap().write_all(b"x").await.unwrap();
@@ -136,25 +217,6 @@ fn l7_a_host_reaches_itself_as_the_host_and_as_local() {
             }
             assert!(listener.close(soon()).await.is_clean());
         }
-    });
-}
-
-#[test]
-fn l2_a_duplicate_reads_on_after_the_original_was_closed() {
-    with_loopback(async {
-        let leases = LeaseSet::new("vm");
-        let (one, other) = connected(&leases).await;
-        let duplicate = one.try_dup().unwrap();
-        assert!(one.close(soon()).await.is_clean());
-        let mut io = other.io().unwrap();
-        io.write_all(b"still").await.unwrap();
-        let mut word = [0; 5];
-        let mut copy = duplicate.io().unwrap();
-        copy.read_exact(&mut word).await.unwrap();
-        assert_eq!(&word, b"still");
-        drop((copy, io));
-        assert!(duplicate.close(soon()).await.is_clean());
-        assert!(other.close(soon()).await.is_clean());
     });
 }
 
