@@ -33,6 +33,7 @@ mod session;
 mod shim;
 mod stats;
 mod stranger;
+mod stranger_inside;
 mod stream_attach;
 mod stream_ends;
 mod stream_exec;
@@ -69,6 +70,7 @@ pub(crate) fn all() -> Vec<Case> {
         port_forward::cases(),
         port_cut::cases(),
         stranger::cases(),
+        stranger_inside::cases(),
         stream_load::cases(),
         event::cases(),
         refusal::cases(),

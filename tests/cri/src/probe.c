@@ -6,21 +6,74 @@
 // probe uid -                prints the real and the effective user
 // probe bind PORT            binds TCP PORT on 127.0.0.1
 // probe udp PORT             prints "ready", gives back what UDP PORT is sent
+// probe vsock -              makes an AF_VSOCK socket in each way there is: its name, and as above, or a signal's name
+// probe vsock stay           the same, and stays
+// probe dial CID PORT        connects there by AF_VSOCK: prints "ok" or the error's name
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
+#include <linux/vm_sockets.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/personality.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static int say(int result) {
   if (result >= 0) return puts("ok") < 0;
   const char *name = strerrorname_np(errno);
   return puts(name ? name : "?") < 0;
+}
+
+static int by_socket(void) { return socket(AF_VSOCK, SOCK_STREAM, 0); }
+
+static int by_socketpair(void) {
+  int pair[2];
+  return socketpair(AF_VSOCK, SOCK_STREAM, 0, pair);
+}
+
+// Whoever has a ring makes sockets with it, past any filter.
+static int by_io_uring(void) {
+  struct io_uring_params params = {0};
+  return syscall(SYS_io_uring_setup, 4, &params);
+}
+
+// socket() as a program of 32 bits calls it.
+static int by_int80(void) {
+  int result;
+  __asm__ volatile("int $0x80" : "=a"(result) : "a"(359), "b"(AF_VSOCK), "c"(SOCK_STREAM), "d"(0) : "memory");
+  if (result < 0) errno = -result;
+  return result;
+}
+
+// And as one of the x32 ABI does.
+static int by_x32(void) { return syscall(0x40000000 | SYS_socket, AF_VSOCK, SOCK_STREAM, 0); }
+
+// In a process of its own, which it may be the end of.
+static void try_to_open(const char *way, int (*open_it)(void)) {
+  int status;
+  printf("%s ", way);
+  fflush(stdout);
+  pid_t child = fork();
+  if (child == 0) {
+    say(open_it());
+    fflush(stdout);
+    _exit(0);
+  }
+  if (child < 0 || waitpid(child, &status, 0) < 0) puts("?");
+  else if (WIFSIGNALED(status)) printf("SIG%s\n", sigabbrev_np(WTERMSIG(status)));
+}
+
+static int dial(unsigned cid, unsigned port) {
+  struct sockaddr_vm at = {.svm_family = AF_VSOCK, .svm_cid = cid, .svm_port = port};
+  int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+  return fd < 0 ? fd : connect(fd, (struct sockaddr *)&at, sizeof at);
 }
 
 int main(int argc, char **argv) {
@@ -58,6 +111,18 @@ int main(int argc, char **argv) {
       if (got < 0 || sendto(fd, bytes, got, 0, (struct sockaddr *)&from, size) != got) return say(-1);
     }
   }
-  fputs("probe socket|open|write|bind|udp ...\n", stderr);
+  if (!strcmp(what, "vsock")) {
+    try_to_open("socket", by_socket);
+    try_to_open("socketpair", by_socketpair);
+    try_to_open("io_uring", by_io_uring);
+    try_to_open("int80", by_int80);
+    try_to_open("x32", by_x32);
+    puts("end");
+    fflush(stdout);
+    while (!strcmp(argv[2], "stay")) pause();
+    return 0;
+  }
+  if (!strcmp(what, "dial")) return say(dial(strtoul(argv[2], 0, 0), argc > 3 ? strtoul(argv[3], 0, 0) : 0));
+  fputs("probe socket|open|write|bind|udp|vsock|dial ...\n", stderr);
   return 2;
 }
