@@ -181,7 +181,5 @@ async fn copy_output(from: Option<impl AsyncRead + Unpin>, mut to: StreamWriter)
             }
         }
     }
-    if let Err(error) = to.shutdown().await {
-        tracing::debug!(%error, "end of output not sent");
-    }
+    to.finish();
 }

@@ -261,9 +261,7 @@ async fn copy_input(fifo: Option<pipe::Receiver>, mut input: StreamWriter) {
             }
         }
     }
-    if let Err(error) = input.shutdown().await {
-        tracing::debug!(%error, "stdin's end not sent");
-    }
+    input.finish();
 }
 
 /// Copies one output stream; without a FIFO its bytes are read and forgotten.

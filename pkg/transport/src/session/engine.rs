@@ -8,11 +8,11 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::task::Poll;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::frame::{Frame, HEADER};
-use super::state::{End, Shared};
+use super::state::{End, Outbound, Shared};
 use crate::error::SessionError;
 use crate::metrics;
 use crate::transport::{MAX_WRITE, PIECES};
@@ -57,26 +57,30 @@ pub(super) async fn read_frames(
 ///
 /// A peer that takes no more may have sent before: only the reader ends the
 /// session, once it has seen all of that.
-pub(super) async fn write_frames(mut io: impl AsyncWrite + Unpin, shared: Arc<Shared>) {
+pub(super) async fn write_frames(
+    mut io: impl AsyncWrite + Unpin,
+    shared: Arc<Shared>,
+) -> io::Result<()> {
     let mut pending = Pending::default();
     while pending.fill(&shared).await {
-        if let Err(error) = pending.write_once(&mut io).await {
+        if let Err(error) = pending.write_once(&mut io, &shared).await {
             tracing::debug!(%error, "the peer takes no more frames");
             shared.lock().stop_writing();
-            return;
+            return Err(error);
         }
     }
+    Ok(())
 }
 
 /// Frames on their way out, the first of them written in part. What is left of
 /// one goes together with the next: a small write costs a guest as much as a
 /// large one.
 #[derive(Debug, Default)]
-struct Pending(VecDeque<Bytes>);
+struct Pending(VecDeque<Outbound>);
 
 impl Pending {
     fn len(&self) -> usize {
-        self.0.iter().map(Bytes::len).sum()
+        self.0.iter().map(|frame| frame.bytes.len()).sum()
     }
 
     /// Takes frames until a write is full or there are no more, and waits for
@@ -96,21 +100,28 @@ impl Pending {
         .await
     }
 
-    async fn write_once(&mut self, io: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    async fn write_once(
+        &mut self,
+        io: &mut (impl AsyncWrite + Unpin),
+        shared: &Shared,
+    ) -> io::Result<()> {
         let mut slices = [IoSlice::new(&[]); PIECES];
         for (slice, frame) in slices.iter_mut().zip(&self.0) {
-            *slice = IoSlice::new(frame);
+            *slice = IoSlice::new(&frame.bytes);
         }
         let mut written = io.write_vectored(&slices).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
         while let Some(first) = self.0.front_mut() {
-            let count = written.min(first.len());
-            first.advance(count);
+            let count = written.min(first.bytes.len());
+            first.bytes.advance(count);
             written -= count;
-            if !first.is_empty() {
+            if !first.bytes.is_empty() {
                 break;
+            }
+            if let Some(stream) = first.data_of {
+                shared.lock().written(stream);
             }
             self.0.pop_front();
         }
@@ -123,6 +134,7 @@ mod tests {
     use std::pin::Pin;
     use std::task::Context;
 
+    use bytes::Bytes;
     use tokio::io::ReadBuf;
 
     use super::super::frame::{MAX_DATA, Stream, WINDOW};
@@ -182,7 +194,9 @@ mod tests {
         input.write_all(b"x").await.unwrap();
         let (peer, io) = tokio::io::duplex(1);
         drop(peer);
-        write_frames(io, Arc::clone(&shared)).await;
+        assert!(write_frames(io, Arc::clone(&shared)).await.is_err());
+        let unsent = input.flush().await.unwrap_err();
+        assert_eq!(unsent.kind(), io::ErrorKind::BrokenPipe);
         let refused = input.write_all(b"y").await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::BrokenPipe);
 
@@ -194,6 +208,41 @@ mod tests {
         assert_eq!(read, "last words");
         let end = shared.lock().end.clone().unwrap();
         assert!(end.error().to_string().contains("ended without CLOSE"));
+    }
+
+    /// As tokio says of `AsyncWrite`, and its `copy` relies on: what was written
+    /// is out once flushing, or shutting down, has succeeded.
+    #[tokio::test]
+    async fn a_flush_waits_for_the_connection() {
+        let shared = Shared::new(Side::Host);
+        let mut input = StreamWriter::new(&shared, Stream::Input);
+        let (mut peer, io) = tokio::io::duplex(1);
+        let writer = tokio::spawn(write_frames(io, Arc::clone(&shared)));
+        input.write_all(b"word").await.unwrap();
+        let mut frame = [0; HEADER + 4];
+        // All but two bytes, of which one fits into the connection.
+        let (most, rest) = frame.split_at_mut(HEADER + 2);
+        {
+            let mut flush = std::pin::pin!(input.flush());
+            tokio::select! {
+                biased;
+                flushed = &mut flush => panic!("{flushed:?} before it was taken"),
+                read = peer.read_exact(most) => read.unwrap(),
+            };
+            let (flushed, read) = tokio::join!(flush, peer.read_exact(rest));
+            flushed.unwrap();
+            read.unwrap();
+        }
+        assert_eq!(&frame[HEADER..], b"word");
+        // Nothing is left to be flushed, and EOF is on its way.
+        input.shutdown().await.unwrap();
+        let mut end = [0; HEADER];
+        peer.read_exact(&mut end).await.unwrap();
+        assert_eq!(end[..], Frame::Eof(Stream::Input).encode()[..]);
+        shared.lock().finish(End::Closed);
+        writer.await.unwrap().unwrap();
+        // Also of a session that is over.
+        input.flush().await.unwrap();
     }
 
     #[tokio::test]

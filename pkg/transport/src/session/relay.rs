@@ -149,7 +149,10 @@ async fn send(
 ) -> io::Result<()> {
     loop {
         match to.send_from(&mut from).await? {
-            0 => return to.shutdown().await,
+            0 => {
+                to.finish();
+                return Ok(());
+            }
             count => copied.fetch_add(count as u64, Ordering::Relaxed),
         };
     }

@@ -48,6 +48,9 @@ pub(crate) enum Ending {
 pub(crate) struct Outgoing {
     pub(crate) credit: usize,
     pub(crate) queue: VecDeque<Bytes>,
+    /// Frames that were queued and not handed to the connection yet; it stays
+    /// above zero once some never will be.
+    pub(crate) unwritten: usize,
     pub(crate) ending: Ending,
     /// The peer does not read any more.
     pub(crate) stopped: bool,
@@ -102,6 +105,23 @@ impl Incoming {
     }
 }
 
+/// A frame on its way out.
+#[derive(Debug)]
+pub(crate) struct Outbound {
+    pub(crate) bytes: Bytes,
+    /// The stream whose data it carries.
+    pub(crate) data_of: Option<Stream>,
+}
+
+impl From<Frame> for Outbound {
+    fn from(frame: Frame) -> Self {
+        Self {
+            bytes: frame.encode(),
+            data_of: None,
+        }
+    }
+}
+
 /// Why a session is over.
 #[derive(Debug, Clone)]
 pub(crate) enum End {
@@ -128,7 +148,7 @@ pub(crate) struct State {
     exit_to_send: Option<u8>,
     pub(super) exit: Option<u8>,
     close_wanted: bool,
-    close_sent: bool,
+    pub(super) close_sent: bool,
     pub(crate) end: Option<End>,
     /// The task that writes frames, when there is nothing to write.
     writer: Option<Waker>,
@@ -184,6 +204,22 @@ impl State {
         }
     }
 
+    /// A frame with data of `stream` has been handed to the connection.
+    pub(crate) fn written(&mut self, stream: Stream) {
+        if let Some(outgoing) = self.outgoing(stream) {
+            outgoing.unwritten -= 1;
+            if outgoing.unwritten == 0 {
+                wake(&mut outgoing.waker);
+            }
+        }
+    }
+
+    /// The peer has said that it takes nothing more: by CLOSE, or by EXIT, a
+    /// guest's last word.
+    pub(crate) fn peer_is_done(&self) -> bool {
+        self.exit.is_some() || matches!(self.end, Some(End::Closed))
+    }
+
     /// Sends `code` once every outgoing stream has ended.
     pub(crate) fn send_exit(&mut self, code: u8) {
         self.exit_to_send = Some(code);
@@ -202,13 +238,13 @@ impl State {
     }
 
     /// The next frame to be written, or `None` if there is nothing to write now.
-    fn next_frame(&mut self) -> Option<Bytes> {
+    fn next_frame(&mut self) -> Option<Outbound> {
         if self.close_sent {
             return None;
         }
         for stream in Stream::ALL {
             if let Some(frame) = self.incoming(stream).and_then(|it| it.owed(stream)) {
-                return Some(frame.encode());
+                return Some(frame.into());
             }
         }
         for step in 0..Stream::ALL.len() {
@@ -217,12 +253,11 @@ impl State {
             let Some(outgoing) = self.outgoing[index].as_mut() else {
                 continue;
             };
-            if let Some(frame) = outgoing.queue.pop_front() {
+            if let Some(bytes) = outgoing.queue.pop_front() {
                 self.turn = index + 1;
-                if let Some(waker) = outgoing.waker.take() {
-                    waker.wake();
-                }
-                return Some(frame);
+                wake(&mut outgoing.waker);
+                let data_of = Some(stream);
+                return Some(Outbound { bytes, data_of });
             }
             let last = match outgoing.ending {
                 Ending::Open | Ending::Sent => continue,
@@ -230,16 +265,16 @@ impl State {
                 Ending::Abort => Frame::Abort(stream),
             };
             outgoing.ending = Ending::Sent;
-            return Some(last.encode());
+            return Some(last.into());
         }
         if self.all_sent()
             && let Some(code) = self.exit_to_send.take()
         {
-            return Some(Frame::Exit(code).encode());
+            return Some(Frame::Exit(code).into());
         }
-        if self.close_wanted {
+        if self.close_wanted && !matches!(self.end, Some(End::Failed(_))) {
             self.close_sent = true;
-            return Some(Frame::Close.encode());
+            return Some(Frame::Close.into());
         }
         None
     }
@@ -367,6 +402,7 @@ impl Shared {
             side.sends(stream).then(|| Outgoing {
                 credit: WINDOW,
                 queue: VecDeque::new(),
+                unwritten: 0,
                 ending: Ending::Open,
                 stopped: false,
                 waker: None,
@@ -405,7 +441,7 @@ impl Shared {
     }
 
     /// The next frame to be written; `None` when there will be no more.
-    pub(crate) fn poll_frame(&self, cx: &Context<'_>) -> Poll<Option<Bytes>> {
+    pub(crate) fn poll_frame(&self, cx: &Context<'_>) -> Poll<Option<Outbound>> {
         let mut state = self.lock();
         match state.next_frame() {
             None if !state.close_sent && state.end.is_none() => {

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
@@ -21,7 +21,12 @@ use crate::error::SessionError;
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Write(Stream, usize),
+    /// As a relay does; this many frames are delivered to the sender while it
+    /// reads what it is to send.
+    SendFrom(Stream, usize, usize),
     Read(Stream, usize),
+    /// As a relay does.
+    Take(Stream),
     Shutdown(Stream),
     DropWriter(Stream),
     DropReader(Stream),
@@ -42,7 +47,10 @@ fn any_step() -> impl Strategy<Value = Step> {
     let size = || prop_oneof![1usize..200, 1..3 * MAX_DATA, Just(WINDOW), Just(2 * WINDOW)];
     prop_oneof![
         8 => (any_stream(), size()).prop_map(|(stream, size)| Step::Write(stream, size)),
+        8 => (any_stream(), size(), 0usize..4)
+            .prop_map(|(stream, size, meanwhile)| Step::SendFrom(stream, size, meanwhile)),
         8 => (any_stream(), size()).prop_map(|(stream, size)| Step::Read(stream, size)),
+        8 => any_stream().prop_map(Step::Take),
         8 => (side(), 1usize..40).prop_map(|(side, count)| Step::Send(side, count)),
         8 => (side(), 1usize..40).prop_map(|(side, count)| Step::Deliver(side, count)),
         1 => any_stream().prop_map(Step::Shutdown),
@@ -75,7 +83,33 @@ fn byte(at: usize) -> u8 {
     u8::try_from((at + at / 251) % 256).unwrap()
 }
 
-fn poll<T>(poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Option<T> {
+/// What a relay reads from; `meanwhile` happens first.
+pub(super) struct Source<'a, F> {
+    pub(super) bytes: &'a [u8],
+    pub(super) meanwhile: Option<F>,
+}
+
+impl<F: FnOnce() + Unpin> AsyncRead for Source<'_, F> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if let Some(meanwhile) = self.meanwhile.take() {
+            meanwhile();
+        }
+        let count = self.bytes.len().min(buf.remaining());
+        buf.put_slice(&self.bytes[..count]);
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// No more than one frame is taken at a time.
+fn pattern(from: usize, size: usize) -> Vec<u8> {
+    (0..size.min(MAX_DATA)).map(|i| byte(from + i)).collect()
+}
+
+pub(super) fn poll<T>(poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Option<T> {
     match poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => Some(value),
         Poll::Pending => None,
@@ -88,10 +122,26 @@ impl Flow {
         let Some(writer) = self.writer.as_mut() else {
             return false;
         };
-        // No more than one frame is taken at a time.
-        let size = size.min(MAX_DATA);
-        let bytes: Vec<u8> = (0..size).map(|i| byte(self.written + i)).collect();
-        match poll(|cx| Pin::new(writer).poll_write(cx, &bytes)) {
+        let bytes = pattern(self.written, size);
+        let taken = poll(|cx| Pin::new(writer).poll_write(cx, &bytes));
+        self.wrote(taken)
+    }
+
+    /// The same without a copy in between.
+    fn send_from(&mut self, size: usize, meanwhile: impl FnOnce() + Unpin) -> bool {
+        let Some(writer) = self.writer.as_mut() else {
+            return false;
+        };
+        let mut source = Source {
+            bytes: &pattern(self.written, size),
+            meanwhile: Some(meanwhile),
+        };
+        let taken = poll(|cx| pin!(writer.send_from(&mut source)).poll(cx));
+        self.wrote(taken)
+    }
+
+    fn wrote(&mut self, taken: Option<io::Result<usize>>) -> bool {
+        match taken {
             Some(Ok(count)) => {
                 self.written += count;
                 true
@@ -111,12 +161,28 @@ impl Flow {
         };
         let mut space = vec![0; size];
         let mut buffer = ReadBuf::new(&mut space);
-        match poll(|cx| Pin::new(reader).poll_read(cx, &mut buffer)) {
+        let taken = poll(|cx| Pin::new(reader).poll_read(cx, &mut buffer));
+        let filled = buffer.filled();
+        let piece = taken.map(|taken| taken.map(|()| (!filled.is_empty()).then_some(filled)));
+        self.received(piece)
+    }
+
+    /// The same without a copy.
+    fn take(&mut self) -> bool {
+        let Some(reader) = self.reader.as_mut().filter(|_| self.seen == Seen::Open) else {
+            return false;
+        };
+        let piece = poll(|cx| pin!(reader.chunk()).poll(cx));
+        self.received(piece)
+    }
+
+    fn received(&mut self, piece: Option<io::Result<Option<impl AsRef<[u8]>>>>) -> bool {
+        match piece {
             None => return false,
             Some(Err(error)) => self.seen = Seen::Failed(error.kind()),
-            Some(Ok(())) if buffer.filled().is_empty() => self.seen = Seen::Eof,
-            Some(Ok(())) => {
-                for received in buffer.filled() {
+            Some(Ok(None)) => self.seen = Seen::Eof,
+            Some(Ok(Some(bytes))) => {
+                for received in bytes.as_ref() {
                     assert_eq!(*received, byte(self.read), "lost or out of order");
                     self.read += 1;
                 }
@@ -127,8 +193,11 @@ impl Flow {
 
     fn shutdown(&mut self) {
         if let Some(writer) = self.writer.as_mut() {
-            let done: Option<io::Result<()>> = poll(|cx| Pin::new(writer).poll_shutdown(cx));
-            done.unwrap().unwrap();
+            // Pending while something is queued, an error if its reader is gone.
+            let said = poll(|cx| Pin::new(writer).poll_shutdown(cx));
+            if let Some(Err(error)) = said {
+                assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+            }
             self.shut = true;
         }
     }
@@ -174,11 +243,9 @@ impl Session {
     fn send(&mut self, side: Side, most: usize) -> bool {
         let mut moved = false;
         for _ in 0..most {
-            let Some(Some(bytes)) = poll(|cx| self.end(side).poll_frame(cx)) else {
+            let Some(frame) = next(self.end(side)) else {
                 break;
             };
-            let mut bytes = BytesMut::from(&bytes[..]);
-            let frame = Frame::decode(&mut bytes).unwrap().unwrap();
             self.wire[1 - side as usize].push_back(frame);
             moved = true;
         }
@@ -186,22 +253,32 @@ impl Session {
     }
 
     fn deliver(&mut self, side: Side, most: usize) -> bool {
-        let mut moved = false;
-        for _ in 0..most {
-            let Some(frame) = self.wire[side as usize].pop_front() else {
-                break;
-            };
-            let end = self.end(side).lock().deliver(frame);
-            assert!(!matches!(end, Some(End::Failed(_))), "{end:?}");
-            moved = true;
-        }
-        moved
+        deliver(
+            &self.ends[side as usize],
+            &mut self.wire[side as usize],
+            most,
+        )
+    }
+
+    /// Of what arrives meanwhile a part is credit, an end or a stop.
+    fn send_from(&mut self, stream: Stream, size: usize, meanwhile: usize) {
+        let side = match stream {
+            Stream::Input => Side::Host,
+            Stream::Output | Stream::Error => Side::Guest,
+        };
+        let (end, wire) = (&self.ends[side as usize], &mut self.wire[side as usize]);
+        let arrive = || {
+            deliver(end, wire, meanwhile);
+        };
+        self.flows[stream as usize].send_from(size, arrive);
     }
 
     fn take(&mut self, step: Step) {
         match step {
             Step::Write(stream, size) => drop(self.flows[stream as usize].write(size)),
+            Step::SendFrom(stream, size, meanwhile) => self.send_from(stream, size, meanwhile),
             Step::Read(stream, size) => drop(self.flows[stream as usize].read(size)),
+            Step::Take(stream) => drop(self.flows[stream as usize].take()),
             Step::Shutdown(stream) => self.flows[stream as usize].shutdown(),
             Step::DropWriter(stream) => self.flows[stream as usize].writer = None,
             Step::DropReader(stream) => self.flows[stream as usize].reader = None,
@@ -242,6 +319,26 @@ impl Session {
     }
 }
 
+/// The next frame of an end, which has been handed to the connection then.
+pub(super) fn next(end: &Shared) -> Option<Frame> {
+    let frame = poll(|cx| end.poll_frame(cx))??;
+    if let Some(stream) = frame.data_of {
+        end.lock().written(stream);
+    }
+    let mut bytes = BytesMut::from(&frame.bytes[..]);
+    Some(Frame::decode(&mut bytes).unwrap().unwrap())
+}
+
+fn deliver(end: &Shared, wire: &mut VecDeque<Frame>, most: usize) -> bool {
+    let mut moved = false;
+    for frame in wire.drain(..most.min(wire.len())) {
+        let end = end.lock().deliver(frame);
+        assert!(!matches!(end, Some(End::Failed(_))), "{end:?}");
+        moved = true;
+    }
+    moved
+}
+
 fn check_bounds(end: &Shared) {
     let mut state = end.lock();
     for stream in Stream::ALL {
@@ -251,6 +348,7 @@ fn check_bounds(end: &Shared) {
         if let Some(outgoing) = state.outgoing(stream) {
             assert!(outgoing.credit <= WINDOW);
             assert!(outgoing.queue.len() <= 4);
+            assert!(outgoing.unwritten >= outgoing.queue.len());
             assert!(
                 outgoing
                     .queue
@@ -325,6 +423,9 @@ proptest! {
                 Step::Write(..) | Step::Shutdown(_) | Step::DropWriter(_) | Step::DropReader(_) => {
                     session.take(step);
                 }
+                Step::SendFrom(stream, size, _) => {
+                    session.flows[stream as usize].send_from(size, || {});
+                }
                 Step::Send(..) => {
                     session.send(side, 3);
                 }
@@ -334,6 +435,11 @@ proptest! {
                         let mut space = vec![0; size];
                         let mut buffer = ReadBuf::new(&mut space);
                         drop(poll(|cx| Pin::new(reader).poll_read(cx, &mut buffer)));
+                    }
+                }
+                Step::Take(stream) => {
+                    if let Some(reader) = session.flows[stream as usize].reader.as_mut() {
+                        drop(poll(|cx| pin!(reader.chunk()).poll(cx)));
                     }
                 }
                 Step::Deliver(..) | Step::Exit(_) => {}
@@ -362,7 +468,7 @@ fn a_peer_that_takes_nothing_cannot_make_the_queue_grow() {
         assert!(sent <= WINDOW);
     };
     assert!(failed.error().to_string().contains("overran its credit"));
-    let frames = std::iter::from_fn(|| poll(|cx| host.poll_frame(cx)).flatten());
+    let frames = std::iter::from_fn(|| next(&host));
     assert!(frames.count() <= 1, "one frame says all that is owed");
 }
 

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::buffer::Buffer;
 use super::frame::{Frame, MAX_DATA, Stream, Unsealed};
-use super::state::{End, Ending, Shared};
+use super::state::{End, Ending, Outgoing, Shared, State};
 use crate::sync::Arc;
 
 /// Frames that wait to be written per stream: enough to keep the writer task
@@ -20,8 +20,12 @@ const QUEUE: usize = 4;
 
 /// The sending end of a stream.
 ///
-/// Writing waits for the receiver's credit. Shutting down sends EOF; dropping
-/// without it tells the receiver that the stream was cut.
+/// Writing waits for the receiver's credit. Flushing waits until what was
+/// written has been handed to the connection, and fails once that cannot happen
+/// any more: the receiver reads no more, the connection takes nothing, the
+/// session is over. Shutting down sends EOF and flushes; [`finish`](Self::finish)
+/// leaves the waiting to the session's close. Dropping without either tells the
+/// receiver that the stream was cut.
 #[derive(Debug)]
 pub struct StreamWriter {
     shared: Arc<Shared>,
@@ -47,15 +51,7 @@ impl StreamWriter {
     /// How many bytes may be written now, at most a frame's.
     fn poll_room(&self, cx: &Context<'_>) -> Poll<io::Result<usize>> {
         let mut state = self.shared.lock();
-        if let Some(end) = &state.end {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, end.error())));
-        }
-        let Some(outgoing) = state.outgoing(self.stream) else {
-            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
-        };
-        if outgoing.stopped || outgoing.ending != Ending::Open {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
+        let outgoing = open(&mut state, self.stream)?;
         if outgoing.credit == 0 || outgoing.queue.len() >= QUEUE {
             outgoing.waker = Some(cx.waker().clone());
             return Poll::Pending;
@@ -64,16 +60,21 @@ impl StreamWriter {
     }
 
     /// Queues a frame with `count` bytes, for which there was room; nobody else
-    /// can have taken that, but the peer may have stopped reading.
-    fn queue(&self, frame: Bytes, count: usize) {
+    /// can have taken that, but what makes it useless may have come since.
+    fn queue(&self, frame: Bytes, count: usize) -> io::Result<()> {
         let mut state = self.shared.lock();
-        if let Some(outgoing) = state.outgoing(self.stream)
-            && !outgoing.stopped
-        {
-            outgoing.queue.push_back(frame);
-            outgoing.credit -= count;
-            state.wake_writer();
-        }
+        let outgoing = open(&mut state, self.stream)?;
+        outgoing.queue.push_back(frame);
+        outgoing.unwritten += 1;
+        outgoing.credit -= count;
+        state.wake_writer();
+        Ok(())
+    }
+
+    /// Says the stream's end behind what was written, and does not wait for it:
+    /// the session's close tells what could not be sent.
+    pub fn finish(self) {
+        self.end(Ending::Eof);
     }
 
     /// Reads from `from` once, straight into a frame, and sends that; gives how
@@ -82,7 +83,7 @@ impl StreamWriter {
     ///
     /// # Errors
     /// Those of `from`; [`io::ErrorKind::BrokenPipe`] once the receiver takes no
-    /// more.
+    /// more: what was read while that came is lost.
     pub async fn send_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
         let room = poll_fn(|cx| self.poll_room(cx)).await?;
         self.spaces.rotate_left(1);
@@ -91,10 +92,28 @@ impl StreamWriter {
         let count = from.read_buf(&mut frame.payload().limit(room)).await?;
         let frame = frame.seal(self.stream, space);
         if count > 0 {
-            self.queue(frame, count);
+            self.queue(frame, count)?;
         }
         Ok(count)
     }
+}
+
+/// The outgoing stream, while what is written to it may still be sent.
+fn open(state: &mut State, stream: Stream) -> io::Result<&mut Outgoing> {
+    if let Some(end) = &state.end {
+        return Err(io::Error::new(io::ErrorKind::BrokenPipe, end.error()));
+    }
+    match state.outgoing(stream) {
+        None => Err(io::ErrorKind::Unsupported.into()),
+        Some(outgoing) if outgoing.stopped || outgoing.ending != Ending::Open => {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        Some(outgoing) => Ok(outgoing),
+    }
+}
+
+fn broken<T>(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Poll<io::Result<T>> {
+    Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, why)))
 }
 
 impl AsyncWrite for StreamWriter {
@@ -106,7 +125,7 @@ impl AsyncWrite for StreamWriter {
         let room = ready!(self.poll_room(cx))?;
         let count = buf.len().min(room);
         if count > 0 {
-            self.queue(Frame::data(self.stream, &buf[..count]), count);
+            self.queue(Frame::data(self.stream, &buf[..count]), count)?;
         }
         Poll::Ready(Ok(count))
     }
@@ -115,20 +134,20 @@ impl AsyncWrite for StreamWriter {
         let mut state = self.shared.lock();
         let ended = state.end.as_ref().map(End::error);
         match (state.outgoing(self.stream), ended) {
-            (Some(outgoing), None) if !outgoing.queue.is_empty() => {
+            (Some(outgoing), _) if outgoing.unwritten == 0 => Poll::Ready(Ok(())),
+            (Some(_), Some(error)) => broken(error),
+            (Some(outgoing), None) if outgoing.stopped => broken("nobody takes what was written"),
+            (Some(outgoing), None) => {
                 outgoing.waker = Some(cx.waker().clone());
                 Poll::Pending
             }
-            (Some(outgoing), Some(error)) if !outgoing.queue.is_empty() => {
-                Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, error)))
-            }
-            _ => Poll::Ready(Ok(())),
+            (None, _) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
         }
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.end(Ending::Eof);
-        Poll::Ready(Ok(()))
+        self.poll_flush(cx)
     }
 }
 

@@ -18,16 +18,19 @@ use crate::session::state::{End, Shared, Side};
 use crate::session::stream::{StreamReader, StreamWriter};
 
 /// What is sent: more than the window.
-const BYTES: [u8; WINDOW + MAX_DATA] = [1, 2, 3, 4, 5, 6];
-const STREAM: Stream = Stream::Output;
+pub(super) const BYTES: [u8; WINDOW + MAX_DATA] = [1, 2, 3, 4, 5, 6];
+pub(super) const STREAM: Stream = Stream::Output;
 
-/// The next frame that an end writes.
-fn next(end: &Shared) -> Option<Frame> {
-    let bytes = block_on(poll_fn(|cx| end.poll_frame(cx)))?;
-    Frame::decode(&mut BytesMut::from(&bytes[..])).unwrap()
+/// The next frame that an end writes, and has written then.
+pub(super) fn next(end: &Shared) -> Option<Frame> {
+    let frame = block_on(poll_fn(|cx| end.poll_frame(cx)))?;
+    if let Some(stream) = frame.data_of {
+        end.lock().written(stream);
+    }
+    Frame::decode(&mut BytesMut::from(&frame.bytes[..])).unwrap()
 }
 
-fn deliver(end: &Shared, frame: Frame) {
+pub(super) fn deliver(end: &Shared, frame: Frame) {
     let over = end.lock().deliver(frame);
     assert!(over.is_none(), "{over:?}");
 }
@@ -38,10 +41,6 @@ fn write_all(writer: &mut StreamWriter, mut bytes: &[u8]) -> io::Result<()> {
         bytes = &bytes[written..];
     }
     Ok(())
-}
-
-fn end(mut writer: StreamWriter) {
-    block_on(poll_fn(|cx| Pin::new(&mut writer).poll_shutdown(cx))).unwrap();
 }
 
 fn read(reader: &mut StreamReader, received: &mut Vec<u8>) -> io::Result<usize> {
@@ -61,7 +60,7 @@ fn a_writer_without_credit_goes_on_when_it_comes() {
         let mut writer = StreamWriter::new(&guest, STREAM);
         let sender = thread::spawn(move || {
             write_all(&mut writer, &BYTES).unwrap();
-            end(writer);
+            writer.finish();
         });
         let mut received = Vec::new();
         while let Some(Frame::Data(STREAM, bytes)) = next(&guest) {
