@@ -21,6 +21,8 @@ pub(crate) mod state;
 #[cfg(test)]
 mod state_tests;
 mod stream;
+#[cfg(test)]
+mod stream_tests;
 
 pub use handle::SessionHandle;
 pub use open::{IncomingSession, SessionTarget, open_session, receive_session};

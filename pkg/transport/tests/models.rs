@@ -38,6 +38,7 @@ mod session {
 mod models {
     mod credit;
     mod lifetime;
+    mod relay;
 
     use loom::model::Builder;
 

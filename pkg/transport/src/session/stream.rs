@@ -10,13 +10,15 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::buffer::Buffer;
-use super::frame::{Frame, MAX_DATA, Stream, Unsealed};
+use super::frame::{Frame, MAX_DATA, Stream, Unsealed, WINDOW};
 use super::state::{End, Ending, Outgoing, Shared, State};
 use crate::sync::Arc;
 
 /// Frames that wait to be written per stream: enough to keep the writer task
 /// busy, little to lose when the session ends.
 const QUEUE: usize = 4;
+/// Allocations that a sender keeps: more than a window cannot be unsent at once.
+const SPACES: usize = WINDOW / MAX_DATA;
 
 /// The sending end of a stream.
 ///
@@ -32,7 +34,7 @@ pub struct StreamWriter {
     stream: Stream,
     /// The allocations of the last frames, to be used again once those are sent:
     /// fresh memory is cleared by the kernel first.
-    spaces: [BytesMut; QUEUE + 2],
+    spaces: [BytesMut; SPACES],
 }
 
 impl StreamWriter {
