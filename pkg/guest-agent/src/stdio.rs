@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::GuestError;
 use crate::helper::Streams;
@@ -108,7 +109,8 @@ pub(crate) async fn relay(
         error,
         handle,
     } = session;
-    let stdin = tokio::spawn(copy_input(input, ends.stdin, ends.terminal));
+    // Ends with this relay, whatever ends that.
+    let stdin = AbortOnDropHandle::new(tokio::spawn(copy_input(input, ends.stdin, ends.terminal)));
     let outputs = async {
         tokio::join!(
             copy_output(ends.stdout, output),

@@ -9,6 +9,7 @@ use podhull_transport::{SessionTarget, reset};
 use tokio::net::TcpStream;
 
 use crate::error::SandboxError;
+use crate::gauges::OpenSession;
 use crate::sandbox::{Phase, Sandbox};
 
 const KIND: &str = "forward";
@@ -59,8 +60,7 @@ async fn forward(sandbox: Arc<Sandbox>, stream: TcpStream, port: u16) {
         }
     };
     let metrics = &sandbox.runtime.metrics;
-    let open = metrics.sessions.with_label_values(&[KIND]);
-    open.inc();
+    let open = OpenSession::count(metrics, KIND);
     let report = session
         .relay_until(
             stream,
@@ -68,7 +68,7 @@ async fn forward(sandbox: Arc<Sandbox>, stream: TcpStream, port: u16) {
             sandbox.cut_forwards.cancelled(),
         )
         .await;
-    open.dec();
+    drop(open);
     for (direction, bytes) in [("input", report.sent), ("output", report.received)] {
         metrics
             .session_bytes

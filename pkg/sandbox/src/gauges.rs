@@ -1,10 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a leak would make grow, counted whenever the numbers are read.
+//! What a leak would make grow: counted whenever the numbers are read, or for as
+//! long as it exists.
 
 use podhull_telemetry::Metrics;
 use podhull_transport::LeaseSet;
-use prometheus::Error;
+use prometheus::{Error, IntGauge};
 use tokio::runtime::Handle;
+
+/// A session that is open: counted as long as this exists, whatever ends it.
+#[derive(Debug)]
+pub(crate) struct OpenSession(IntGauge);
+
+impl OpenSession {
+    pub(crate) fn count(metrics: &Metrics, kind: &str) -> Self {
+        let gauge = metrics.sessions.with_label_values(&[kind]);
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for OpenSession {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
 
 /// Makes the tasks of this runtime, the transports, and the leases on a VM part
 /// of `metrics`.

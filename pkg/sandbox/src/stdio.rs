@@ -15,8 +15,10 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::SandboxError;
+use crate::gauges::OpenSession;
 use crate::spec::Stdio;
 
 /// Time for the last frame of a session whose streams have ended.
@@ -209,9 +211,9 @@ async fn relay(
         error,
         handle,
     } = session;
-    let open = metrics.sessions.with_label_values(&["stdio"]);
-    open.inc();
-    let stdin = tokio::spawn(copy_input(fifos.stdin, input));
+    let open = OpenSession::count(&metrics, "stdio");
+    // Ends with this relay, whatever ends that.
+    let stdin = AbortOnDropHandle::new(tokio::spawn(copy_input(fifos.stdin, input)));
     let outputs = async {
         tokio::join!(
             copy_output(output, fifos.stdout, "stdout", &metrics, &give_up),
@@ -238,7 +240,7 @@ async fn relay(
     {
         tracing::error!(%error, "stdin's relay died");
     }
-    open.dec();
+    drop(open);
     let closed = handle.close(Deadline::after(CLOSE)).await;
     IoReport { complete, closed }
 }

@@ -8,7 +8,7 @@ use podhull_transport::{
     receive_session,
 };
 use podhull_types::{ContainerId, ExecId, Token, VsockPort};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, Interest};
 
 use super::*;
 use crate::process::Process;
@@ -212,6 +212,31 @@ async fn output_is_delivered_only_once_it_was_read() {
         guest.handle.close(self::soon())
     );
     assert!(report.complete);
+}
+
+/// A relay that does not even end when it is given up is aborted: nothing of it
+/// goes on.
+#[tokio::test]
+async fn a_relay_that_is_aborted_takes_everything_with_it() {
+    let exec = Exec::with(true, true).await;
+    let client = pipe::OpenOptions::new()
+        .open_sender(exec.path("stdin"))
+        .unwrap();
+    let open = exec.metrics.sessions.with_label_values(&["stdio"]);
+    let running = async {
+        while open.get() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon().run(running).await.unwrap();
+    exec.io.relays.abort();
+    let report = exec.io.finish(soon()).await;
+    assert!(!report.complete);
+    assert_eq!(open.get(), 0, "it is counted for good");
+    let closed = soon().run(client.ready(Interest::ERROR)).await;
+    assert!(closed.is_ok(), "somebody still reads stdin");
+    let told = soon().run(exec.guest.handle.closed()).await;
+    assert!(told.is_ok(), "the guest is not told");
 }
 
 /// A teardown, or a delete, has been here: nobody would end what comes after it.
