@@ -100,6 +100,7 @@ pub(crate) async fn stop(sandbox: &Arc<Sandbox>, by: Deadline) -> CloseReport {
     sandbox.stop_watching.cancel();
     sandbox.cut_calls.cancel();
     let channel = sandbox.channel.write().await.take();
+    count_failures(&report, &sandbox.runtime.metrics);
     report.extend(tear_down(parts, channel, by).await);
     ending.phase = Phase::Stopped(ExitStatus::vm_gone());
     report
@@ -176,34 +177,40 @@ async fn end_sessions(sandbox: &Sandbox, by: Deadline) -> Outcome {
     {
         finishing.spawn(io.finish(by));
     }
-    let (reports, cut_forwards) = tokio::join!(finishing.join_all(), end_forwards(sandbox, by));
+    let (reports, forwards) = tokio::join!(finishing.join_all(), end_forwards(sandbox, by));
     let cut = reports.iter().filter(|report| !report.complete).count();
-    match (cut, cut_forwards) {
-        (0, 0) => Outcome::Clean,
-        (cut, forwards) => Outcome::Forced(format!(
-            "cut: the output of {cut} processes, {forwards} forwarded connections"
-        )),
+    let said = format!(
+        "cut: the output of {cut} processes, {} forwarded connections",
+        forwards.cut
+    );
+    match (cut, forwards) {
+        (0, Forwards { cut: 0, .. }) => Outcome::Clean,
+        (_, Forwards { left: 0, .. }) => Outcome::Forced(said),
+        (_, Forwards { left, .. }) => Outcome::Failed(format!("{said}; still open: {left}")),
     }
 }
 
-/// Delivers what the servers sent, and ends their connections; how many had to
-/// be cut.
-async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> usize {
+/// Forwarded connections at the end.
+#[derive(Debug, Default, Clone, Copy)]
+struct Forwards {
+    /// Those that had to be cut.
+    cut: usize,
+    /// Those of them that did not end even then.
+    left: usize,
+}
+
+/// Delivers what the servers sent, and ends their connections.
+async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> Forwards {
     sandbox.forwards.close();
     sandbox.drain_forwards.cancel();
     if by.run(sandbox.forwards.wait()).await.is_ok() {
-        return 0;
+        return Forwards::default();
     }
-    let left = sandbox.forwards.len();
+    let cut = sandbox.forwards.len();
     sandbox.cut_forwards.cancel();
-    if Deadline::after(CUT)
-        .run(sandbox.forwards.wait())
-        .await
-        .is_err()
-    {
-        tracing::error!(sandbox = %sandbox.spec.id, "forwarded connections do not end");
-    }
-    left
+    let ended = Deadline::after(CUT).run(sandbox.forwards.wait()).await;
+    let left = ended.map_or_else(|_| sandbox.forwards.len(), |()| 0);
+    Forwards { cut, left }
 }
 
 async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {
@@ -265,16 +272,16 @@ pub(crate) async fn tear_down(
             .release()
             .map_or_else(failed, |()| Outcome::Clean),
     );
+    count_failures(&report, &parts.metrics);
+    report
+}
+
+fn count_failures(report: &CloseReport, metrics: &Metrics) {
     for (step, outcome) in report.steps() {
         if *outcome != Outcome::Clean {
-            parts
-                .metrics
-                .teardown_failures
-                .with_label_values(&[step])
-                .inc();
+            metrics.teardown_failures.with_label_values(&[step]).inc();
         }
     }
-    report
 }
 
 fn failed(error: impl std::error::Error) -> Outcome {

@@ -76,6 +76,29 @@ async fn a_boot_after_the_end_began_is_refused_by_name() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
+/// It hangs where nothing cuts it.
+#[tokio::test]
+async fn a_forwarded_connection_that_does_not_end_is_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sandbox, _guest) = sandbox(folder.path(), at_once()).await;
+    let ends = sandbox.cut_forwards.clone();
+    sandbox
+        .forwards
+        .spawn(async move { ends.cancelled().await });
+    let hangs = sandbox.forwards.spawn(std::future::pending::<()>());
+    tokio::time::pause();
+    let report = sandbox.stop(Deadline::after(Duration::ZERO)).await;
+    let said = "cut: the output of 0 processes, 2 forwarded connections; still open: 1";
+    assert_eq!(
+        report.first_problem(),
+        Some(("sessions", &Outcome::Failed(said.into())))
+    );
+    let metrics = &sandbox.runtime.metrics;
+    let failures = metrics.teardown_failures.with_label_values(&["sessions"]);
+    assert_eq!(failures.get(), 1);
+    hangs.abort();
+}
+
 /// Who passed the check before the teardown began.
 #[tokio::test]
 async fn l10_a_dial_behind_the_teardowns_begin_gets_no_connection() {
