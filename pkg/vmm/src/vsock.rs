@@ -81,7 +81,9 @@ fn open_kernel_device(leases: LeaseSet) -> Result<Vsock, VmmError> {
         .write(true)
         .open(KERNEL_DEVICE)
         .map_err(VmmError::file("open", KERNEL_DEVICE))?;
-    let cid = reserve_cid(&file).map_err(VmmError::system("reserve a vsock context id"))?;
+    let cid = random()
+        .and_then(|random| reserve_cid(random, |cid| sys::set_guest_cid(&file, cid.into())))
+        .map_err(VmmError::system("reserve a vsock context id"))?;
     let ready = VsockListener::bind_vsock(None, Cid(cid), leases)?;
     Ok(Vsock {
         device: GuestDevice::Kernel { cid: cid.into() },
@@ -92,15 +94,22 @@ fn open_kernel_device(leases: LeaseSet) -> Result<Vsock, VmmError> {
     })
 }
 
-/// The kernel refuses an id that another VM has.
-fn reserve_cid(device: &File) -> io::Result<u32> {
-    let mut random = File::open("/dev/urandom")?;
+fn random() -> io::Result<File> {
+    File::open("/dev/urandom")
+}
+
+/// Takes the first id for which `reserve` succeeds: the kernel refuses one that
+/// another VM has.
+fn reserve_cid(
+    mut random: impl Read,
+    mut reserve: impl FnMut(u32) -> io::Result<()>,
+) -> io::Result<u32> {
     for _ in 0..CID_TRIES {
         let mut bytes = [0; 4];
         random.read_exact(&mut bytes)?;
         // 0 to 2 are taken by the protocol; the upper half is left alone.
         let cid = (u32::from_le_bytes(bytes) >> 1).max(3);
-        match sys::set_guest_cid(device, cid.into()) {
+        match reserve(cid) {
             Ok(()) => return Ok(cid),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             Err(error) => return Err(error),
@@ -206,5 +215,61 @@ async fn connect(daemon: &Child, socket: &Path, by: Deadline) -> Result<UnixStre
             }
             Err(_) => tokio::time::sleep(RETRY).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ids that are tried where `random` gives these numbers and the kernel
+    /// refuses `taken`.
+    fn tried(
+        random: &[u32],
+        taken: impl Fn(u32) -> Option<io::ErrorKind>,
+    ) -> (io::Result<u32>, Vec<u32>) {
+        let random: Vec<u8> = random.iter().flat_map(|it| it.to_le_bytes()).collect();
+        let mut tried = Vec::new();
+        let reserved = reserve_cid(&random[..], |cid| {
+            tried.push(cid);
+            taken(cid).map_or(Ok(()), |error| Err(error.into()))
+        });
+        (reserved, tried)
+    }
+
+    fn clash(taken: &[u32]) -> impl Fn(u32) -> Option<io::ErrorKind> {
+        move |cid| taken.contains(&cid).then_some(io::ErrorKind::AddrInUse)
+    }
+
+    #[test]
+    fn an_id_that_another_vm_has_is_passed_over() {
+        let (reserved, tried) = tried(&[20, 30, 40, 50], clash(&[10, 15]));
+        assert_eq!((reserved.unwrap(), tried), (20, vec![10, 15, 20]));
+    }
+
+    #[test]
+    fn no_id_of_the_protocol_or_of_the_upper_half_is_tried() {
+        let (reserved, tried) = tried(&[0, 2, 5, 7, u32::MAX], clash(&[3]));
+        assert_eq!(tried, [3, 3, 3, 3, u32::MAX >> 1]);
+        assert_eq!(reserved.unwrap(), u32::MAX >> 1);
+    }
+
+    #[test]
+    fn a_host_without_a_free_id_is_an_error_after_some_tries() {
+        let taken = |_| Some(io::ErrorKind::AddrInUse);
+        let (reserved, tried) = tried(&[20; 1000], taken);
+        assert_eq!(reserved.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(tried.len(), CID_TRIES as usize);
+    }
+
+    #[test]
+    fn what_is_no_clash_is_an_error_at_once() {
+        let denied = |_| Some(io::ErrorKind::PermissionDenied);
+        let (reserved, tried) = tried(&[20; 1000], denied);
+        assert_eq!(
+            reserved.unwrap_err().kind(),
+            io::ErrorKind::PermissionDenied
+        );
+        assert_eq!(tried, [10]);
     }
 }

@@ -6,14 +6,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use podhull_transport::{Holder, HolderKind};
-use podhull_types::Deadline;
+use podhull_transport::{Holder, HolderKind, Peer, VsockTransport};
+use podhull_types::{Deadline, VsockPort};
 use podhull_vmm::{Acceleration, CgroupPlacement, Programs, StopReport, Vm, VmConfig, launch};
 
 struct Fake {
@@ -129,6 +129,10 @@ async fn l10_stop_returns_only_after_a_held_lease_is_dropped() {
 async fn l10_stop_names_who_holds_on_at_the_deadline_and_goes_on() {
     let fake = Fake::new().await;
     let lease = fake.vm.leases().issue(holder()).unwrap();
+    // Its connection to the guest.
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let peer = Peer::Guest(VsockPort::SESSIONS);
+    let transport = VsockTransport::adopt(ours.into(), peer.clone(), lease).unwrap();
     let began = Instant::now();
     let stop = stopping(&fake.vm, after(200)).await;
     assert!(fake.all_run());
@@ -138,13 +142,15 @@ async fn l10_stop_names_who_holds_on_at_the_deadline_and_goes_on() {
         panic!("{report:?}");
     };
     assert_eq!(held.holder, holder());
+    assert_eq!(held.peer, Some(peer.to_string()));
     assert!(held.age >= Duration::from_millis(190), "{held}");
     assert!(
-        held.to_string().starts_with("session exec c/e for 0."),
+        held.to_string()
+            .starts_with("session exec c/e with guest port 1025 for 0."),
         "{held}"
     );
     assert_eq!(fake.running(), 0, "ended all the same");
-    drop(lease);
+    assert!(transport.close(after(1000)).await.is_clean());
 }
 
 #[tokio::test]
