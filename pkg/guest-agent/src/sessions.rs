@@ -156,3 +156,85 @@ async fn forward(incoming: IncomingSession, port: u16, by: Deadline) {
     let report = session.relay(stream, std::future::pending()).await;
     tracing::debug!(port, ?report, "forwarded connection closed");
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use podhull_transport::{Holder, HolderKind, LeaseSet, Peer, SessionError, open_session};
+    use podhull_types::{ContainerId, VsockPort};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::events::Events;
+    use crate::reaper::Reaper;
+
+    const TOKEN: [u8; Token::LEN] = [5; Token::LEN];
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(5))
+    }
+
+    /// Connects; the agent has accepted `held` connections then.
+    async fn connect(socket: &Path, leases: &LeaseSet, held: usize) -> UnixStream {
+        let stream = UnixStream::connect(socket).await.unwrap();
+        while leases.held().len() < held {
+            tokio::task::yield_now().await;
+        }
+        stream
+    }
+
+    async fn has_ended(stream: &mut UnixStream) -> bool {
+        matches!(soon().run(stream.read(&mut [0])).await, Ok(Ok(0) | Err(_)))
+    }
+
+    /// What a host that has the token is told.
+    async fn ask(stream: UnixStream) -> SessionError {
+        let lease = LeaseSet::new("vm")
+            .issue(Holder::new(HolderKind::Session, "test"))
+            .unwrap();
+        let fd = stream.into_std().unwrap().into();
+        let transport = VsockTransport::adopt(fd, Peer::Guest(VsockPort::SESSIONS), lease).unwrap();
+        let target = SessionTarget::Process(ProcessRef::init(ContainerId::new("c1").unwrap()));
+        let opened = open_session(transport, &Token::from_bytes(TOKEN), &target, soon()).await;
+        opened.map(drop).unwrap_err()
+    }
+
+    /// Who says nothing takes a place, and gives it back.
+    #[tokio::test]
+    async fn strangers_are_limited_and_make_room_when_they_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let leases = LeaseSet::new("guest");
+        let listener =
+            VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
+        let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
+        let containers = Containers::new(Reaper::default(), Events::default());
+        let serving = tokio::spawn(serve(listener, Token::from_bytes(TOKEN), containers));
+
+        let mut silent = Vec::new();
+        for number in 1..=STRANGERS {
+            let connecting = connect(&socket, &leases, number);
+            silent.push(soon().run(connecting).await.unwrap());
+        }
+        let mut late = UnixStream::connect(&socket).await.unwrap();
+        assert!(has_ended(&mut late).await, "one too many is kept");
+        assert_eq!(leases.held().len(), STRANGERS, "one of the others is not");
+
+        // One breaks the protocol: there is room for somebody else, and for no more.
+        let mut first = silent.remove(0);
+        first.write_all(&[0; 8]).await.unwrap();
+        assert!(has_ended(&mut first).await);
+        let next = UnixStream::connect(&socket).await.unwrap();
+        let answer = ask(next).await;
+        assert!(matches!(answer, SessionError::Refused { .. }), "{answer}");
+        let connecting = connect(&socket, &leases, STRANGERS);
+        silent.push(soon().run(connecting).await.unwrap());
+        let mut late = UnixStream::connect(&socket).await.unwrap();
+        assert!(has_ended(&mut late).await, "one too many is kept");
+
+        serving.abort();
+        assert!(serving.await.unwrap_err().is_cancelled());
+    }
+}
