@@ -211,7 +211,8 @@ mod tests {
             VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
         let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
         let containers = Containers::new(Reaper::default(), Events::default());
-        let serving = tokio::spawn(serve(listener, Token::from_bytes(TOKEN), containers));
+        let token = Token::from_bytes(TOKEN);
+        let serving = tokio::spawn(serve(listener, token, containers, Refused::default()));
 
         let mut silent = Vec::new();
         for number in 1..=STRANGERS {
