@@ -24,19 +24,27 @@ pub struct Connected {
 
 /// Waits until the guest's agent dials `listener`, hands it `token` and sets up
 /// the channel on that connection. A connection that is not an agent's is
-/// closed, and the next one awaited. Cancel safe: nothing stays open.
+/// closed, and the next one awaited. `gone` resolves when nobody can come any
+/// more, as at the VM's end: what was accepted by then is closed first, which a
+/// caller who drops the wait leaves to the transport's own drop.
 ///
 /// # Errors
-/// [`AgentError::NotReady`] when the deadline passes or the listener ends.
+/// [`AgentError::NotReady`] when the deadline passes or the listener ends,
+/// [`AgentError::VmGone`] after `gone`.
 pub async fn wait_for_agent(
     listener: &VsockListener,
     token: &Token,
     by: Deadline,
+    gone: impl Future<Output = ()>,
 ) -> Result<Connected, AgentError> {
+    tokio::pin!(gone);
     loop {
-        let transport = by
-            .run(listener.accept())
-            .await
+        let accepted = tokio::select! {
+            biased;
+            accepted = by.run(listener.accept()) => accepted,
+            () = &mut gone => return Err(AgentError::VmGone { method: "READY" }),
+        };
+        let transport = accepted
             .map_err(|source| TransportError::Deadline {
                 what: "wait for READY",
                 source,

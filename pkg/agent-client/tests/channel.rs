@@ -2,6 +2,7 @@
 //! Rows L4–L6 of the lifetime contract, against a gRPC server on a socket pair.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
+use std::future::pending;
 use std::os::unix::net;
 use std::time::{Duration, Instant};
 
@@ -99,7 +100,10 @@ async fn ready(leases: &LeaseSet) -> (AgentChannel, tokio::task::JoinHandle<()>)
         UnixStream::from_std(served).unwrap()
     };
     let token = Token::from_bytes([3; Token::LEN]);
-    let (connected, served) = tokio::join!(wait_for_agent(&listener, &token, after(5000)), agent);
+    let (connected, served) = tokio::join!(
+        wait_for_agent(&listener, &token, after(5000), pending()),
+        agent
+    );
     assert!(listener.close(after(1000)).await.is_clean());
     (connected.unwrap().channel, serve(served))
 }
@@ -280,7 +284,7 @@ async fn l6_strangers_are_turned_away_until_the_agent_comes() {
         (agent, token)
     });
     let token = Token::from_bytes([3; 32]);
-    let connected = wait_for_agent(&listener, &token, after(5000))
+    let connected = wait_for_agent(&listener, &token, after(5000), pending())
         .await
         .unwrap();
     assert_eq!(connected.times.kernel_to_agent, Duration::from_millis(447));
@@ -309,9 +313,14 @@ async fn l6_a_silent_stranger_does_not_keep_the_agent_waiting() {
     let mut agent = UnixStream::connect(&socket).await.unwrap();
     agent.write_all(b"PHREADY1").await.unwrap();
     agent.write_all(&[0; 16]).await.unwrap();
-    let connected = wait_for_agent(&listener, &Token::from_bytes([3; 32]), after(60_000))
-        .await
-        .unwrap();
+    let connected = wait_for_agent(
+        &listener,
+        &Token::from_bytes([3; 32]),
+        after(60_000),
+        pending(),
+    )
+    .await
+    .unwrap();
     let mut welcome = [0; 8];
     agent.read_exact(&mut welcome).await.unwrap();
     assert_eq!(&welcome, b"PHTOKEN1");
@@ -324,8 +333,32 @@ async fn l6_a_guest_that_never_comes_is_an_error_at_the_deadline() {
     let folder = tempfile::tempdir().unwrap();
     let vm = folder.path().join("vm");
     let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, LeaseSet::new("vm")).unwrap();
-    let error = wait_for_agent(&listener, &Token::from_bytes([3; 32]), after(5000))
-        .await
-        .unwrap_err();
+    let error = wait_for_agent(
+        &listener,
+        &Token::from_bytes([3; 32]),
+        after(5000),
+        pending(),
+    )
+    .await
+    .unwrap_err();
     assert!(matches!(error, AgentError::NotReady(_)));
+}
+
+/// Its VM has ended: whoever is let in by then is not left open.
+#[tokio::test(start_paused = true)]
+async fn l6_the_end_of_the_vm_ends_the_waiting_and_closes_who_came() {
+    let folder = tempfile::tempdir().unwrap();
+    let leases = LeaseSet::new("vm");
+    let vm = folder.path().join("vm");
+    let listener = VsockListener::bind_hybrid(&vm, VsockPort::READY, leases.clone()).unwrap();
+    let socket = folder.path().join(format!("vm_{}", VsockPort::READY));
+    let mut silent = UnixStream::connect(&socket).await.unwrap();
+    let token = Token::from_bytes([3; 32]);
+    let begin = tokio::time::Instant::now();
+    let waited = wait_for_agent(&listener, &token, after(60_000), std::future::ready(()));
+    let error = waited.await.unwrap_err();
+    assert!(matches!(error, AgentError::VmGone { .. }), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(leases.held().is_empty(), "{:?}", leases.held());
+    assert_eq!(silent.read(&mut [0; 1]).await.unwrap(), 0, "it is closed");
 }

@@ -8,6 +8,7 @@
     reason = "a test"
 )]
 
+use std::future::pending;
 use std::time::{Duration, Instant};
 
 use podhull_agent_client::{AgentChannel, AgentError, RpcKind, wait_for_agent};
@@ -256,7 +257,8 @@ fn l6_strangers_are_turned_away_until_the_agent_comes() {
             }
             agent
         };
-        let (ready, agent) = tokio::join!(wait_for_agent(&listener, &token, soon()), guest);
+        let (ready, agent) =
+            tokio::join!(wait_for_agent(&listener, &token, soon(), pending()), guest);
         let ready = ready.unwrap();
         assert_eq!(ready.times, TIMES);
         assert_eq!(leases.held().len(), 1, "only the agent's connection");
@@ -284,7 +286,7 @@ fn l6_an_agent_of_another_vm_is_no_answer_and_the_wait_ends_at_its_deadline() {
             assert!(received.is_err(), "another VM's agent has the token");
             assert!(agent.close(soon()).await.is_clean());
         };
-        let waiting = wait_for_agent(&listener, &token, after(3000));
+        let waiting = wait_for_agent(&listener, &token, after(3000), pending());
         let (ready, ()) = tokio::join!(waiting, other);
         let error = ready.unwrap_err();
         assert!(matches!(error, AgentError::NotReady(_)), "{error:?}");

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use podhull_agent_client::{Connected, wait_for_agent};
+use podhull_agent_client::{AgentError, Connected, wait_for_agent};
 use podhull_api::agent;
 use podhull_network::{LoopbackListener, PodNetwork};
 use podhull_storage::SharedTree;
@@ -159,12 +159,7 @@ async fn bring_up(
     times.note(BootPhase::VmmSpawned, spawned);
 
     let token = random_token()?;
-    let connecting = async {
-        tokio::select! {
-            connected = ready_or_dead(parts, spec, &token, by) => connected,
-            () = give_up.cancelled() => Err(SandboxError::Stopping(spec.id.clone())),
-        }
-    };
+    let connecting = ready_or_gone(parts, spec, &token, by, give_up);
     let (connected, loopback) = tokio::join!(connecting, listen_on_loopback(parts));
     let connected = connected?;
     // Nobody else is to connect.
@@ -245,29 +240,45 @@ async fn listen_on_loopback(parts: &Parts) -> Option<LoopbackListener> {
     }
 }
 
-/// Waits for READY, or for the end of the VM, whichever comes first.
-async fn ready_or_dead(
+/// Waits for READY, for the end of the VM, or until the boot is given up,
+/// whichever comes first.
+async fn ready_or_gone(
     parts: &Parts,
     spec: &SandboxSpec,
     token: &Token,
     by: Deadline,
+    give_up: &CancellationToken,
 ) -> Result<Connected, SandboxError> {
     let (Some(vm), Some(ready)) = (&parts.vm, &parts.ready) else {
         return Err(gone(spec));
     };
     let mut died = vm.died();
-    tokio::select! {
-        death = died.wait_for(Option::is_some) => {
-            let reason = match death.as_deref() {
-                Ok(Some(death)) => death.to_string(),
-                _ => "its supervisor ended".to_owned(),
-            };
-            Err(SandboxError::VmDied { id: spec.id.clone(), reason })
+    let nobody_comes = async {
+        tokio::select! {
+            // Its supervisor's end is one, too.
+            _ = died.wait_for(Option::is_some) => {}
+            () = give_up.cancelled() => {}
         }
-        connected = wait_for_agent(ready, token, by) => connected.map_err(|source| {
-            SandboxError::NotReady { source, console: vm.console_tail() }
-        }),
-    }
+    };
+    let connected = wait_for_agent(ready, token, by, nobody_comes).await;
+    connected.map_err(|source| {
+        let death = vm.died().borrow().as_ref().map(ToString::to_string);
+        let reason = match (death, &source) {
+            (Some(death), _) => death,
+            (None, _) if give_up.is_cancelled() => {
+                return SandboxError::Stopping(spec.id.clone());
+            }
+            (None, AgentError::VmGone { .. }) => "its supervisor ended".to_owned(),
+            (None, _) => {
+                let console = vm.console_tail();
+                return SandboxError::NotReady { source, console };
+            }
+        };
+        SandboxError::VmDied {
+            id: spec.id.clone(),
+            reason,
+        }
+    })
 }
 
 async fn configure(

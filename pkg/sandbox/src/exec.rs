@@ -101,7 +101,7 @@ impl Sandbox {
         let session = self
             .dial_session(&SessionTarget::Process(process.id.clone()))
             .await?;
-        let io = ProcessIo::start(fifos, session, &self.runtime.metrics);
+        let io = ProcessIo::start(fifos, session, &self.runtime.metrics, &self.relays);
         match process.attach_io(io) {
             Ok(()) => Ok(()),
             // It was deleted, or the pod's teardown has been here.

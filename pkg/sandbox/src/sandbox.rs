@@ -21,6 +21,7 @@ use crate::guest_counts::GuestCounts;
 use crate::pids::{Pids, of_guest};
 use crate::process::Process;
 use crate::spec::{Deleted, EventSink, ProcessState, Runtime, SandboxSpec, Status, Stdio};
+use crate::stdio::Relays;
 use crate::teardown::{self, Parts};
 
 /// Time for the guest to list a container's processes.
@@ -63,6 +64,8 @@ pub struct Sandbox {
     pub(crate) death: OnceLock<String>,
     pub(crate) events: EventSink,
     pub(crate) tasks: TaskTracker,
+    /// The streams of all processes.
+    pub(crate) relays: Relays,
     /// The forwarded connections.
     pub(crate) forwards: TaskTracker,
     /// Cancelled when their servers have ended.
@@ -168,6 +171,7 @@ impl Sandbox {
             death: OnceLock::new(),
             events,
             tasks: TaskTracker::new(),
+            relays: Relays::default(),
             forwards: TaskTracker::new(),
             drain_forwards: CancellationToken::new(),
             cut_forwards: CancellationToken::new(),

@@ -15,7 +15,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::error::SandboxError;
 use crate::gauges::OpenSession;
@@ -121,6 +121,38 @@ pub(crate) struct IoReport {
     pub(crate) closed: CloseReport,
 }
 
+/// The relays of all processes of a sandbox, whoever waits for each.
+#[derive(Debug, Default)]
+pub(crate) struct Relays {
+    running: TaskTracker,
+    cut: CancellationToken,
+}
+
+impl Relays {
+    /// Waits for all of them; at the deadline what is left is cut, and counted.
+    /// There are no others afterwards.
+    pub(crate) async fn end(&self, by: Deadline) -> Cut {
+        self.running.close();
+        if by.run(self.running.wait()).await.is_ok() {
+            return Cut::default();
+        }
+        let cut = self.running.len();
+        self.cut.cancel();
+        let ended = Deadline::after(GIVEN_UP).run(self.running.wait()).await;
+        let left = ended.map_or_else(|_| self.running.len(), |()| 0);
+        Cut { cut, left }
+    }
+}
+
+/// What a teardown had to cut of one kind of connection.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut {
+    /// How many.
+    pub(crate) cut: usize,
+    /// Those of them that did not end even then.
+    pub(crate) left: usize,
+}
+
 /// The running relays of one process. Dropping it ends them.
 #[derive(Debug)]
 pub(crate) struct ProcessIo {
@@ -132,14 +164,19 @@ pub(crate) struct ProcessIo {
 }
 
 impl ProcessIo {
-    /// Starts relaying between `fifos` and `session`.
-    pub(crate) fn start(mut fifos: Fifos, session: HostSession, metrics: &Metrics) -> Self {
-        let give_up = CancellationToken::new();
+    /// Starts relaying between `fifos` and `session`, as one of `all`.
+    pub(crate) fn start(
+        mut fifos: Fifos,
+        session: HostSession,
+        metrics: &Metrics,
+        all: &Relays,
+    ) -> Self {
+        let give_up = all.cut.child_token();
         let stdin_end = Mutex::new(fifos.stdin_end.take());
         let (undelivered, delivered) = watch::channel(());
         let metrics = metrics.clone();
         let relays = relay(fifos, session, give_up.clone(), metrics, undelivered);
-        let relays = tokio::spawn(relays);
+        let relays = all.running.spawn(relays);
         Self {
             stdin_end,
             delivered,

@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use crate::rundir::RunDir;
 use crate::sandbox::{Phase, Sandbox};
 use crate::spec::Status;
+use crate::stdio::Cut;
 
 /// Most time for killing what runs and delivering its output.
 const DRAIN: Duration = Duration::from_secs(8);
@@ -167,7 +168,8 @@ async fn end_processes(sandbox: &Arc<Sandbox>, by: Deadline) -> Outcome {
     }
 }
 
-/// Delivers what the processes wrote, then ends their sessions.
+/// Delivers what the processes wrote, then ends their sessions: also those whose
+/// end somebody else waits for, as a delete does.
 async fn end_sessions(sandbox: &Sandbox, by: Deadline) -> Outcome {
     let mut finishing = JoinSet::new();
     for io in sandbox
@@ -177,40 +179,36 @@ async fn end_sessions(sandbox: &Sandbox, by: Deadline) -> Outcome {
     {
         finishing.spawn(io.finish(by));
     }
-    let (reports, forwards) = tokio::join!(finishing.join_all(), end_forwards(sandbox, by));
-    let cut = reports.iter().filter(|report| !report.complete).count();
+    let (reports, streams, forwards) = tokio::join!(
+        finishing.join_all(),
+        sandbox.relays.end(by),
+        end_forwards(sandbox, by)
+    );
+    let incomplete = reports.iter().filter(|report| !report.complete).count();
+    let processes = incomplete.max(streams.cut);
     let said = format!(
-        "cut: the output of {cut} processes, {} forwarded connections",
+        "cut: the output of {processes} processes, {} forwarded connections",
         forwards.cut
     );
-    match (cut, forwards) {
-        (0, Forwards { cut: 0, .. }) => Outcome::Clean,
-        (_, Forwards { left: 0, .. }) => Outcome::Forced(said),
-        (_, Forwards { left, .. }) => Outcome::Failed(format!("{said}; still open: {left}")),
+    match (processes + forwards.cut, streams.left + forwards.left) {
+        (0, 0) => Outcome::Clean,
+        (_, 0) => Outcome::Forced(said),
+        (_, left) => Outcome::Failed(format!("{said}; still open: {left}")),
     }
 }
 
-/// Forwarded connections at the end.
-#[derive(Debug, Default, Clone, Copy)]
-struct Forwards {
-    /// Those that had to be cut.
-    cut: usize,
-    /// Those of them that did not end even then.
-    left: usize,
-}
-
 /// Delivers what the servers sent, and ends their connections.
-async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> Forwards {
+async fn end_forwards(sandbox: &Sandbox, by: Deadline) -> Cut {
     sandbox.forwards.close();
     sandbox.drain_forwards.cancel();
     if by.run(sandbox.forwards.wait()).await.is_ok() {
-        return Forwards::default();
+        return Cut::default();
     }
     let cut = sandbox.forwards.len();
     sandbox.cut_forwards.cancel();
     let ended = Deadline::after(CUT).run(sandbox.forwards.wait()).await;
     let left = ended.map_or_else(|_| sandbox.forwards.len(), |()| 0);
-    Forwards { cut, left }
+    Cut { cut, left }
 }
 
 async fn shut_agent_down(sandbox: &Sandbox, by: Deadline) -> Outcome {

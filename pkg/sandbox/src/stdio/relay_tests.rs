@@ -21,6 +21,8 @@ fn soon() -> Deadline {
 struct Exec {
     folder: tempfile::TempDir,
     io: ProcessIo,
+    /// The sandbox's.
+    relays: Relays,
     guest: GuestSession,
     metrics: Metrics,
 }
@@ -58,10 +60,12 @@ impl Exec {
         };
         let (host, guest) = tokio::join!(open_session(host, &token, &target, soon()), receive);
         let metrics = Metrics::new().unwrap();
-        let io = ProcessIo::start(fifos, host.unwrap(), &metrics);
+        let relays = Relays::default();
+        let io = ProcessIo::start(fifos, host.unwrap(), &metrics, &relays);
         Self {
             folder,
             io,
+            relays,
             guest,
             metrics,
         }
@@ -237,6 +241,26 @@ async fn a_relay_that_is_aborted_takes_everything_with_it() {
     assert!(closed.is_ok(), "somebody still reads stdin");
     let told = soon().run(exec.guest.handle.closed()).await;
     assert!(told.is_ok(), "the guest is not told");
+}
+
+/// A delete waits for a reader that does not read while the sandbox is torn down:
+/// its VM is not to end under the session.
+#[tokio::test]
+async fn a_teardown_cuts_what_a_delete_waits_for() {
+    let exec = Exec::with(false, true).await;
+    let _silent_reader = pipe::OpenOptions::new()
+        .open_receiver(exec.path("stdout"))
+        .unwrap();
+    let mut guest = exec.guest;
+    guest.output.write_all(&pattern(200_000)).await.unwrap();
+    ends(&mut guest).await;
+    let close = guest.handle.close(soon());
+    let minutes = Deadline::after(Duration::from_secs(600));
+    let teardown = exec.relays.end(Deadline::after(Duration::from_millis(100)));
+    let all = async { tokio::join!(exec.io.finish(minutes), teardown, close) };
+    let (report, cut, _) = soon().run(all).await.unwrap();
+    assert!(!report.complete);
+    assert_eq!(cut, Cut { cut: 1, left: 0 });
 }
 
 /// A teardown, or a delete, has been here: nobody would end what comes after it.
