@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tracing_subscriber::EnvFilter;
 
 /// Where the file is.
 pub const PATH: &str = "/etc/podhull/config.toml";
@@ -27,8 +28,8 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// The file is not TOML, or a key is unknown or has a wrong value. The
-    /// message names line, column and key.
+    /// The file is not text or not TOML, or a key is unknown or has a wrong
+    /// value. The message names line and key.
     #[error("{}: {message}", path.display())]
     Parse {
         /// The file.
@@ -130,8 +131,8 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] naming the key and its line.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        match fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path),
+        match fs::read(path) {
+            Ok(bytes) => Self::parse(&bytes, path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read {
                 path: path.into(),
@@ -140,11 +141,17 @@ impl Config {
         }
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self, ConfigError> {
+        let wrong = |message| ConfigError::Parse {
             path: path.into(),
-            message: error.to_string().trim_end().to_owned(),
+            message,
+        };
+        let text = str::from_utf8(bytes).map_err(|error| {
+            let (line, shown) = line_at(error.valid_up_to(), bytes);
+            wrong(format!("line {line}: not UTF-8: {shown}"))
         })?;
+        let config: Self =
+            toml::from_str(text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
         config.check(text, path)?;
         Ok(config)
     }
@@ -223,6 +230,12 @@ impl Config {
             "run_dir",
             self.run_dir.display().to_string(),
             "expected at most 60 bytes",
+        )?;
+        check(
+            EnvFilter::try_new(&self.log).is_ok(),
+            "log",
+            self.log.clone(),
+            "expected a filter such as `info` or `podhull_sandbox=debug,info`",
         )
     }
 
@@ -261,12 +274,21 @@ fn line_of(key: &str, text: &str) -> usize {
     found.map_or(0, |before| before.matches('\n').count() + 1)
 }
 
+/// The number and the text of the line that holds the byte at `position`.
+fn line_at(position: usize, bytes: &[u8]) -> (usize, String) {
+    let newline = |byte: &u8| *byte == b'\n';
+    let before = bytes.iter().take(position).filter(|byte| newline(byte));
+    let before = before.count();
+    let line = bytes.split(newline).nth(before).unwrap_or_default();
+    (before + 1, String::from_utf8_lossy(line).into_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(text, Path::new("/etc/podhull/config.toml"))
+    fn parse(text: impl AsRef<[u8]>) -> Result<Config, ConfigError> {
+        Config::parse(text.as_ref(), Path::new("/etc/podhull/config.toml"))
     }
 
     #[test]
@@ -322,6 +344,8 @@ mod tests {
             ),
             ("max_vcpus = 2\n\n default_vcpus = 3", 3, "default_vcpus"),
             ("qemu = \"/kernel\"\nkernel = \"vmlinux\"", 2, "kernel"),
+            ("max_vcpus = 2\nlog = \"podhull_shim=loud\"", 2, "log"),
+            ("# log\nlog = \"[{\"", 2, "log"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             let place = format!("line {line}: {key} = ");
@@ -329,6 +353,37 @@ mod tests {
                 error.contains(&place) && error.contains("expected"),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_text_names_the_line_and_what_it_says() {
+        for (bytes, line, says) in [
+            (
+                &b"\n\nkernel = \"/v\xffx\"\nmax_vcpus = 0"[..],
+                3,
+                "kernel = ",
+            ),
+            (b"qemu\n\xfe", 2, ""),
+            (b"\xc3", 1, ""),
+        ] {
+            let error = parse(bytes).unwrap_err().to_string();
+            let place = format!("line {line}: not UTF-8: {says}");
+            assert!(error.contains(&place), "{error}");
+        }
+    }
+
+    #[test]
+    fn log_filters_are_what_the_log_understands() {
+        for filter in [
+            "",
+            "info",
+            "podhull_sandbox=debug,info",
+            "off",
+            "[{task}]=trace",
+        ] {
+            let config = parse(format!("log = {filter:?}")).unwrap();
+            assert_eq!(config.log, filter);
         }
     }
 }

@@ -48,11 +48,16 @@ pub(super) fn with(t: &Context, key: &str, value: &str) -> String {
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// With this configuration, a pod is refused with these words.
-async fn refused(t: &Context, config: &str, words: &[&str]) -> Result<()> {
+async fn refused(t: &Context, config: impl AsRef<[u8]>, words: &[&str]) -> Result<()> {
     refused_within(t, Duration::from_secs(30), config, words).await
 }
 
-async fn refused_within(t: &Context, within: Duration, config: &str, words: &[&str]) -> Result<()> {
+async fn refused_within(
+    t: &Context,
+    within: Duration,
+    config: impl AsRef<[u8]>,
+    words: &[&str],
+) -> Result<()> {
     fs::write(CONFIG, config).context("write podhull's configuration")?;
     let begin = Instant::now();
     let text = refusal(t.pod("pod").run().await, &words.join(" "))?;
@@ -181,25 +186,36 @@ async fn node_without_memory_for_the_vm_says_so(t: &Context) -> Result<()> {
 
 async fn node_wrong_settings_are_named_with_their_line(t: &Context) -> Result<()> {
     let good = podhull_config(t.node().programs());
-    let line = format!("line {}", good.lines().count() + 1);
-    for (text, words) in [
-        ("alow_emulation = true", &["alow_emulation"][..]),
-        ("default_vcpus = \"two\"", &["default_vcpus"]),
-        ("this is no TOML", &[]),
+    // The last line is the one that is wrong.
+    let last = |text: &[u8]| [good.as_bytes(), text, b"\n"].concat();
+    for (config, words) in [
+        (last(b"alow_emulation = true"), &["alow_emulation"][..]),
+        (last(b"default_vcpus = \"two\""), &["default_vcpus"]),
+        (last(b"this is no TOML"), &[]),
         (
-            "default_memory_mib = 8",
+            last(b"default_memory_mib = 8"),
             &["default_memory_mib = 8", "expected"],
         ),
         (
-            "run_dir = \"relative\"",
+            last(b"run_dir = \"relative\""),
             &["run_dir = relative", "absolute"],
         ),
-        ("first_vm_uid = 1", &["first_vm_uid = 1", "expected"]),
+        (last(b"first_vm_uid = 1"), &["first_vm_uid = 1", "expected"]),
+        (
+            last(b"run_dir = \"/run/\xff\""),
+            &["run_dir = ", "not UTF-8"],
+        ),
+        (
+            with(t, "log", "\"podhull_shim=loud\"").into_bytes(),
+            &["log = podhull_shim=loud", "expected a filter"],
+        ),
     ] {
-        let config = format!("{good}{text}\n");
+        let lines = config.iter().filter(|byte| **byte == b'\n').count();
+        let line = format!("line {lines}");
         let mut words = words.to_vec();
         words.extend([CONFIG, &line]);
-        refused(t, &config, &words).await.context(text)?;
+        let text = String::from_utf8_lossy(&config).into_owned();
+        refused(t, config, &words).await.context(text)?;
     }
     works_again(t).await
 }
