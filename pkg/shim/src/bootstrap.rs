@@ -26,8 +26,9 @@ use nix::sys::stat::{Mode, umask};
 use podhull_config::Config;
 use podhull_sandbox::RunDir;
 use podhull_telemetry::log;
-use podhull_types::SandboxId;
+use podhull_types::{SandboxId, chain};
 
+use crate::address;
 use crate::args::Args;
 use crate::bundle;
 use crate::called::{self, CALLED};
@@ -70,13 +71,14 @@ impl Caller {
 /// What kept the process from serving; nothing of it stays.
 pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, ShimError> {
     let called = called::now().map_err(ShimError::system("read the clock"))?;
-    let config = Config::load(Path::new(podhull_config::PATH))?;
+    let config = Config::load(Path::new(podhull_config::PATH)).map_err(ShimError::from);
     let spec = bundle::read(&caller.bundle)?;
     bundle::refuse_podless(spec.as_ref(), &args.id)?;
     let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
-    let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
     let params = caller.params(args);
-    if sandbox.as_str() == args.id {
+    let run_dir = if sandbox.as_str() == args.id {
+        let config = config?;
+        let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
         let ttrpc_address = match &params {
             Some(params) => &params.containerd_ttrpc_address,
             None => &caller.ttrpc_address,
@@ -88,16 +90,12 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
             called: &called,
         };
         serve_new(&serving, &config, &run_dir)?;
+        run_dir
     } else {
-        log::init_beside(&config.log, &run_dir.log(), false)?;
-        UnixStream::connect(run_dir.socket()).map_err(|source| ShimError::ShimGone {
-            sandbox: sandbox.to_string(),
-            socket: run_dir.socket(),
-            source,
-        })?;
-    }
-    let address = format!("unix://{}", run_dir.socket().display());
-    write_address(&caller.bundle, &address)?;
+        join(&caller.bundle, &args.namespace, &sandbox, config)?
+    };
+    let address = address::of(&run_dir.socket());
+    address::write(&caller.bundle, &address)?;
     tracing::info!(container = args.id, %sandbox, address, "started");
     Ok(match params {
         Some(_) => {
@@ -107,12 +105,45 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
     })
 }
 
-/// Written whole: containerd may read it at any moment.
-fn write_address(bundle: &Path, address: &str) -> Result<(), ShimError> {
-    let (new, path) = (bundle.join(".address"), bundle.join("address"));
-    fs::write(&new, address)
-        .and_then(|()| fs::rename(&new, &path))
-        .map_err(ShimError::file("write", path))
+/// Finds the shim of a pod that runs.
+fn join(
+    bundle: &Path,
+    namespace: &str,
+    sandbox: &SandboxId,
+    loaded: Result<Config, ShimError>,
+) -> Result<RunDir, ShimError> {
+    let (config, unusable) = settings_of_a_pod(bundle, namespace, sandbox, loaded)?;
+    let run_dir = RunDir::of(&config.run_dir, namespace, sandbox);
+    log::init_beside(&config.log, &run_dir.log(), false)?;
+    if let Some(error) = unusable {
+        tracing::warn!(error = chain(&error), "defaults are used");
+    }
+    UnixStream::connect(run_dir.socket()).map_err(|source| ShimError::ShimGone {
+        sandbox: sandbox.to_string(),
+        socket: run_dir.socket(),
+        source,
+    })?;
+    Ok(run_dir)
+}
+
+/// A pod that runs is where it was made, whatever the configuration has become
+/// since, which has to say only what the pod does not; then also what is wrong
+/// with it.
+fn settings_of_a_pod(
+    bundle: &Path,
+    namespace: &str,
+    sandbox: &SandboxId,
+    loaded: Result<Config, ShimError>,
+) -> Result<(Config, Option<ShimError>), ShimError> {
+    let Some(run_dir) = address::parent(bundle, namespace, sandbox) else {
+        return loaded.map(|config| (config, None));
+    };
+    let (mut config, unusable) = match loaded {
+        Ok(config) => (config, None),
+        Err(error) => (Config::default(), Some(error)),
+    };
+    config.run_dir = run_dir;
+    Ok((config, unusable))
 }
 
 /// What the serving process is made from.
@@ -288,7 +319,7 @@ mod tests {
             called: "",
         };
         let served = serve_new(&serving, &config, run_dir);
-        let error = podhull_types::chain(&served.unwrap_err());
+        let error = chain(&served.unwrap_err());
         assert!(error.contains("listen at"), "{error}");
     }
 
@@ -316,20 +347,37 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_runs_is_found_whatever_became_of_the_configuration() {
+        let bundles = tempfile::tempdir().unwrap();
+        let sandbox = SandboxId::new("s1").unwrap();
+        let (of_the_pod, bundle) = (bundles.path().join("s1"), bundles.path().join("c1"));
+        fs::create_dir(&of_the_pod).unwrap();
+        fs::create_dir(&bundle).unwrap();
+        let changed = Config {
+            log: "debug".into(),
+            run_dir: "/run/changed".into(),
+            ..Config::default()
+        };
+        let garbled = || Err(ShimError::Argument("garbled".into()));
+        let settings = |loaded| settings_of_a_pod(&bundle, "k8s.io", &sandbox, loaded);
+        // Nobody knows where it is but the configuration.
+        let (found, unusable) = settings(Ok(changed.clone())).unwrap();
+        assert!(found == changed && unusable.is_none());
+        assert_eq!(settings(garbled()).unwrap_err().to_string(), "garbled");
+        let run_dir = RunDir::of(Path::new("/run/first"), "k8s.io", &sandbox);
+        address::write(&of_the_pod, &address::of(&run_dir.socket())).unwrap();
+        let (found, unusable) = settings(Ok(changed)).unwrap();
+        assert_eq!(found.run_dir, Path::new("/run/first"));
+        assert!(found.log == "debug" && unusable.is_none());
+        let (found, unusable) = settings(garbled()).unwrap();
+        assert_eq!(found.run_dir, Path::new("/run/first"));
+        assert_eq!(unusable.unwrap().to_string(), "garbled");
+    }
+
+    #[test]
     fn a_process_that_says_nothing_is_not_waited_for_ever() {
         let (said, _says) = io::pipe().unwrap();
         let error = read_until(said, Instant::now() + Duration::from_millis(20)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    }
-
-    #[test]
-    fn the_address_is_written_for_containerds_return() {
-        let folder = tempfile::tempdir().unwrap();
-        write_address(folder.path(), "unix:///x").unwrap();
-        assert_eq!(
-            fs::read_to_string(folder.path().join("address")).unwrap(),
-            "unix:///x"
-        );
-        assert!(!folder.path().join(".address").exists());
     }
 }

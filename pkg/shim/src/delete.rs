@@ -7,8 +7,7 @@
 //! sandbox there is nothing to release, and the VM that others share goes on.
 //! Warnings go to standard error: containerd puts them into its log.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
@@ -19,6 +18,7 @@ use podhull_sandbox::{RunDir, Runtime};
 use podhull_telemetry::{Metrics, log};
 use podhull_types::{Deadline, SandboxId, chain};
 
+use crate::address;
 use crate::args::Args;
 use crate::bundle;
 use crate::error::ShimError;
@@ -52,7 +52,7 @@ pub async fn delete(args: &Args, bundle: &Path, program: &Path) -> Result<Vec<u8
     });
     let sandbox = SandboxId::new(bundle::sandbox_of(spec.as_ref(), &args.id))?;
     // Where the pod runs, whatever the configuration has become since.
-    if let Some(parent) = parent_by_address(bundle, &args.namespace, &sandbox) {
+    if let Some(parent) = address::parent(bundle, &args.namespace, &sandbox) {
         config.run_dir = parent;
     }
     let run_dir = RunDir::of(&config.run_dir, &args.namespace, &sandbox);
@@ -75,18 +75,6 @@ pub async fn delete(args: &Args, bundle: &Path, program: &Path) -> Result<Vec<u8
     ended.and(cleaned.map_err(Into::into))?;
     tracing::info!(%sandbox, "nothing is left");
     response()
-}
-
-/// The folder that holds the sandbox's run folder, by the address that `start`
-/// wrote into the bundle; `None` if that is no address of this sandbox's shim.
-fn parent_by_address(bundle: &Path, namespace: &str, sandbox: &SandboxId) -> Option<PathBuf> {
-    let address = fs::read_to_string(bundle.join("address")).ok()?;
-    let socket = Path::new(address.strip_prefix("unix://")?);
-    let parent = socket
-        .parent()?
-        .parent()
-        .filter(|path| path.is_absolute())?;
-    (RunDir::of(parent, namespace, sandbox).socket() == socket).then(|| parent.into())
 }
 
 /// The shim's log shows what was done after its end, as long as anything is left.
@@ -141,47 +129,4 @@ fn response() -> Result<Vec<u8>, ShimError> {
             step: "encode the answer",
             source: std::io::Error::other(error),
         })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_an_address_of_this_sandbox_is_believed() {
-        let bundle = tempfile::tempdir().unwrap();
-        let sandbox = SandboxId::new("s1").unwrap();
-        let found = |address: &str| {
-            fs::write(bundle.path().join("address"), address).unwrap();
-            parent_by_address(bundle.path(), "k8s.io", &sandbox)
-        };
-        let socket = |parent: &str, namespace: &str, id: &str| {
-            let id = SandboxId::new(id).unwrap();
-            let run_dir = RunDir::of(Path::new(parent), namespace, &id);
-            run_dir.socket().to_str().unwrap().to_owned()
-        };
-        let own = socket("/run/elsewhere", "k8s.io", "s1");
-        assert_eq!(
-            found(&format!("unix://{own}")),
-            Some("/run/elsewhere".into())
-        );
-        for wrong in [
-            own.clone(),
-            format!("unix://{own}\n"),
-            format!("unix://{}", own.replace("shim.sock", "metrics.sock")),
-            format!("unix://{}", socket("relative", "k8s.io", "s1")),
-            format!("unix://{}", socket("/run/podhull", "k8s.io", "s2")),
-            format!("unix://{}", socket("/run/podhull", "moby", "s1")),
-            "unix:///shim.sock".into(),
-            String::new(),
-        ] {
-            assert_eq!(found(&wrong), None, "{wrong:?}");
-        }
-        fs::remove_file(bundle.path().join("address")).unwrap();
-        assert_eq!(
-            parent_by_address(bundle.path(), "k8s.io", &sandbox),
-            None,
-            "no file"
-        );
-    }
 }

@@ -11,8 +11,9 @@
 //! writes nothing to standard output: what containerd reads is returned.
 //!
 //! Reading order: [`args`], [`bootstrap`], [`server`], `shim`, `task_service`,
-//! `sandbox_service`, `bundle`, `cri`, `publisher`, `status`.
+//! `sandbox_service`, `bundle`, `address`, `cri`, `publisher`, `status`.
 
+mod address;
 pub mod args;
 pub mod bootstrap;
 mod bundle;

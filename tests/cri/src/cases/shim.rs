@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::protobuf::Message as _;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
+use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::cri::api::{RuntimeHandler, StatusRequest};
 use podhull_testkit::oracle::assert_clean;
 use serde_json::{Value, json};
@@ -16,11 +17,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 
+use super::node::{CONFIG, with};
 use crate::case::{cases, contains, same};
 use crate::context::Context;
 use crate::procfs::{Processes, Role, is_emulated};
 
 cases! {
+    PODHULL:
+        shim_is_found_by_new_containers_whatever_became_of_its_configuration;
     PODHULL_TWICE:
         shim_metrics_of_a_running_pod_are_read,
         shim_boot_is_told_and_emulation_is_said;
@@ -314,4 +318,28 @@ async fn shim_boot_is_told_and_emulation_is_said(t: &Context) -> Result<()> {
         same!(info.get("emulated"), Some(&emulated.to_string()));
     }
     Ok(())
+}
+
+/// containerd 1.6 runs `start` for each container, with the configuration of that
+/// moment.
+async fn shim_is_found_by_new_containers_whatever_became_of_its_configuration(
+    t: &Context,
+) -> Result<()> {
+    const RUN: &str = "/run/podhull-of-the-pod";
+    let elsewhere = podhull_config(t.node().programs());
+    fs::write(CONFIG, with(t, "run_dir", &format!("{RUN:?}")))?;
+    let (pod, mut container) = t.idle().await?;
+    for (changed, name) in [("this is no TOML", "second"), (&elsewhere, "third")] {
+        fs::write(CONFIG, changed).context("write podhull's configuration")?;
+        container.stop(1).await?;
+        container.remove().await?;
+        let new = t.container(&pod, name).idle().start().await;
+        container = new.with_context(|| format!("a container after {changed:?}"))?;
+        container.exec(["true"]).await?.success()?;
+    }
+    pod.stop().await?;
+    container.remove().await?;
+    pod.remove().await?;
+    fs::remove_dir(RUN).with_context(|| format!("remove {RUN}"))?;
+    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
