@@ -9,7 +9,17 @@ started=$SECONDS
 show() {
   printf '\n%-34s %8s  %s\n' stage seconds result
   for row in "${table[@]}"; do printf '%-34s %8s  %s\n' $row; done
-  printf '%-34s %8s\n' total $((SECONDS - started))
+  printf '%-34s %8s  %s\n' total $((SECONDS - started)) "$(skipped) skipped"
+}
+# How many stages could not run here.
+skipped() { printf '%s\n' "${table[@]}" | grep -c ' skipped' || true; }
+# What an exit code says: 75 is for what this machine cannot get, which has been told.
+result_of() {
+  case $1 in
+    0) echo ok ;;
+    75) echo skipped ;;
+    *) echo FAILED ;;
+  esac
 }
 # What still runs beside a stage that failed or was interrupted ends with the run: each job leads a process group.
 finish() {
@@ -21,11 +31,12 @@ finish() {
 
 # stage NAME COMMAND...: runs it, notes its time, ends the run if it fails.
 stage() {
-  local name=$1 begin=$SECONDS; shift
+  local name=$1 begin=$SECONDS code=0 result; shift
   say "$name"
-  if "$@"; then table+=("$name $((SECONDS - begin)) ok"); else
-    table+=("$name $((SECONDS - begin)) FAILED"); exit 1
-  fi
+  "$@" || code=$?
+  result=$(result_of "$code")
+  table+=("$name $((SECONDS - begin)) $result")
+  [ "$result" != FAILED ] || exit 1
 }
 # background NAME COMMAND...: the same beside the stages that follow; joined by `join`.
 declare -A pids=() begun=()
@@ -36,28 +47,21 @@ background() {
   setsid "$@" >"$CACHE/$name.log" 2>&1 & pids[$name]=$!
 }
 join() {
-  local name=$1 result=ok
-  wait "${pids[$name]}" || result=FAILED
+  local name=$1 code=0 result
+  wait "${pids[$name]}" || code=$?
+  result=$(result_of "$code")
   unset "pids[$name]"
   table+=("$name $((SECONDS - begun[$name])) $result(beside)")
-  [ "$result" = ok ] || { tail -40 "$CACHE/$name.log" >&2; exit 1; }
+  [ "$result" != FAILED ] || { tail -40 "$CACHE/$name.log" >&2; exit 1; }
 }
 
 # What `make guest` has made is made once: the next one only looks.
 guest_again() {
-  timeout 5 make -s guest || { say "a second make guest fails, or takes longer than 5 s"; return 1; }
+  timeout 2 make -s guest || { say "a second make guest fails, or takes longer than 2 s"; return 1; }
 }
-
-# What the mirror does not give is told, and counted, by the stage that wants it.
-kvm_packages() {
-  local status=0
-  tests/kvm/fetch.sh || status=$?
-  [ "$status" = 75 ] || return "$status"
-}
-export -f kvm_packages
 
 stage packages make -s packages
-background kvm-packages bash -c kvm_packages
+background kvm-packages tests/kvm/fetch.sh
 background kernel make -s kernel
 background tools make -s tools streams
 background cargo-deny tests/setup/rust-tools.sh
