@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 
 use super::{Kind, Snapshot};
 
-/// Searched whole, but for [`APART`] and what is mounted below them.
+/// Searched whole, but for [`APART`] and what is mounted below them. Not /tmp: it
+/// is the machine's, and nothing tells who made what is in it.
 const FOLDERS: [&str; 8] = [
     // podhull's and containerd's run folders, FIFOs, sockets, netns, CNI's addresses, runc's state.
     "/run",

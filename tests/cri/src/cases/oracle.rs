@@ -97,7 +97,10 @@ async fn oracle_planted_descriptors_of_containerd_are_named(t: &Context) -> Resu
     let connections = connections?;
     names(t, &[(Kind::Descriptor, "socket:")]).await?;
     drop(connections);
-    Ok(())
+    // A container that runs is a FIFO more for each of its outputs.
+    let (_pod, container) = t.idle().await?;
+    let fifo = format!("/{}-stdout", container.id());
+    names(t, &[(Kind::Descriptor, &fifo)]).await
 }
 
 /// Shims are not in the oracle's snapshots, as none lives then; what one holds
