@@ -9,7 +9,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, StateRequest};
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CreateTaskRequest, ExecProcessRequest, StateRequest,
+};
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
@@ -90,6 +92,15 @@ async fn garbled_specs_are_named_and_leave_nothing(t: &Context) -> Result<()> {
     let (held, files) = (Held::at_rest(shim).await?, names(&run)?);
     garbled_processes(&tasks, container.id()).await?;
     garbled_bundles(t, &tasks).await?;
+    // Nothing is wrong with this one, but what it asks for is not offered.
+    let request = CheckpointTaskRequest {
+        id: container.id().into(),
+        path: t.path("checkpoint"),
+        ..CheckpointTaskRequest::default()
+    };
+    let (code, text) = refused(tasks.checkpoint(call(), &request).await, "a checkpoint")?;
+    same!(code, Code::UNIMPLEMENTED, "{text}");
+    contains!(&text, "Checkpoint");
     held.again(shim).await?;
     same!(names(&run)?, files, "the run folder");
     same!(
