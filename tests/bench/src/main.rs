@@ -68,6 +68,7 @@ fn run(options: &Options) -> Result<()> {
         }
         Subject::Floor => report::floor(&runtime.block_on(vsock::run(&node, options.runs))?),
     };
+    let report = options.warning().unwrap_or_default() + &report;
     io::stdout()
         .lock()
         .write_all(report.as_bytes())

@@ -7,6 +7,9 @@ use podhull_testkit::programs::Programs;
 
 pub(crate) const USAGE: &str = "usage: podhull-bench quick|sessions|floor [-n RUNS] [--handler HANDLER] [--containerd 1.6|2.4]";
 
+/// Figures of fewer runs are for trying out.
+const QUOTABLE: usize = 10;
+
 /// Which figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Subject {
@@ -84,6 +87,12 @@ impl Options {
         Ok(())
     }
 
+    /// What is said with figures of so few runs that they tell nothing.
+    pub(crate) fn warning(&self) -> Option<String> {
+        let runs = self.runs;
+        (runs < QUOTABLE).then(|| format!("Not for quoting: n = {runs}, below {QUOTABLE}.\n\n"))
+    }
+
     /// As it would be typed.
     pub(crate) fn command(&self) -> String {
         format!(
@@ -116,6 +125,13 @@ mod tests {
             parse(typed.strip_prefix("podhull-bench ").unwrap()).unwrap(),
             options
         );
+    }
+
+    #[test]
+    fn figures_of_few_runs_are_not_for_quoting() {
+        let warning = parse("quick -n 9").unwrap().warning();
+        assert_eq!(warning.unwrap(), "Not for quoting: n = 9, below 10.\n\n");
+        assert_eq!(parse("quick -n 10").unwrap().warning(), None);
     }
 
     #[test]
