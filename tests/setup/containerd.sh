@@ -16,7 +16,7 @@ build() {
   done
   [ ${#wanted[@]} -eq 0 ] && return
   command -v go >/dev/null || die "building containerd $VERSION needs Go (https://go.dev/dl)"
-  say "building containerd $VERSION, ctr and its runc shim with go install (about 2 minutes)"
+  say "building containerd $VERSION, ctr and its runc shim with go install, as Debian has only 1.6 (about 2 minutes)"
   staging containerd
   # Only whole programs reach $BIN: a run that was interrupted leaves nothing half-made there. The modules can be
   # removed as other files can.

@@ -8,7 +8,7 @@ BIN=$CACHE/bin/cargo-deny-$VERSION
 
 build() {
   if [ ! -x "$BIN/cargo-deny" ]; then
-    say "building cargo-deny $VERSION with cargo install (several minutes, once)"
+    say "building cargo-deny $VERSION with cargo install, which make lint runs (several minutes, once)"
     staging rust-tools
     CARGO_TARGET_DIR="$staging/target" \
       cargo install --quiet --locked --no-track --root "$staging" --version "$VERSION" cargo-deny \

@@ -8,7 +8,7 @@ BIN=$CACHE/bin/vhost-device-vsock-$VERSION
 
 build() {
   [ -x "$BIN/vhost-device-vsock" ] && return
-  say "building vhost-device-vsock $VERSION with cargo install (about 2 minutes)"
+  say "building vhost-device-vsock $VERSION with cargo install, for hosts without /dev/vhost-vsock (about 2 minutes)"
   staging vsock-daemon
   # A target folder of its own: its dependencies are older than ours and shared with nothing.
   env -u CARGO_BUILD_TARGET CARGO_TARGET_DIR="$staging/target" \
