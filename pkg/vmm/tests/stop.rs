@@ -163,3 +163,21 @@ async fn l10_a_vm_that_nobody_holds_stops_at_once() {
     assert!(again.is_clean(), "a second stop does nothing: {again:?}");
     assert!(fake.vm.leases().issue(holder()).is_err());
 }
+
+#[tokio::test]
+async fn a_stop_ends_the_vmm_before_its_helpers() {
+    let fake = Fake::new().await;
+    let exists = |pid: u32| Path::new(&format!("/proc/{pid}")).exists();
+    let vmm = fake.vm.pid();
+    let helpers: Vec<_> = fake.pids.iter().filter(|pid| **pid != vmm).collect();
+    assert!(helpers.len() + 1 == fake.pids.len() && !helpers.is_empty());
+    let stop = stopping(&fake.vm, after(30_000)).await;
+    while !stop.is_finished() {
+        // Asked for before the VMM: it must have been gone before they are.
+        let lost = helpers.iter().filter(|pid| !exists(***pid)).count();
+        assert!(lost == 0 || !exists(vmm), "{lost} helpers went first");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(stop.await.unwrap().is_clean());
+    assert_eq!(fake.running(), 0);
+}
