@@ -198,6 +198,7 @@ impl Containers {
     /// Tells a process's end once it has ended.
     fn watch(&self, process: &Arc<Process>, exit: oneshot::Receiver<u8>) {
         let (containers, process) = (self.clone(), Arc::clone(process));
+        // Ends with the process, which is what others wait for.
         tokio::spawn(async move {
             if let Ok(code) = exit.await {
                 containers.ended(&process, code);

@@ -217,6 +217,7 @@ impl Child {
         }
         let pidfd = Arc::clone(&process.pidfd);
         let (ended, exit) = watch::channel(None);
+        // Ends with the process, and `exit` tells it.
         tokio::spawn(async move {
             let status = process.ended().await;
             tracing::debug!(name, ?status, "child ended");

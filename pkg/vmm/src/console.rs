@@ -40,7 +40,7 @@ impl Console {
             ring: Arc::clone(&ring),
             open,
         };
-        // Ends with the last writer.
+        // Ends with the last writer, and `open` tells it.
         tokio::spawn(async move {
             let mut buffer = vec![0; 4096];
             while let Ok(count @ 1..) = reading.read(&mut buffer).await {

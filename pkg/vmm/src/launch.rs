@@ -264,6 +264,7 @@ struct RunningVm {
 fn supervise(vm: &Arc<RunningVm>) {
     for child in vm.children.0.clone() {
         let vm = Arc::downgrade(vm);
+        // Ends with the child; what it tells is waited for, not the task.
         tokio::spawn(async move {
             child.ended().await;
             let Some(vm) = vm.upgrade() else { return };
