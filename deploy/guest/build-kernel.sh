@@ -18,20 +18,22 @@ build_own() {
   store="$CACHE/kernel/$hash"
   if [ ! -f "$store/vmlinux" ]; then
     say "building the guest kernel $version (about 6 minutes on 2 cores)"
-    local work="$CACHE/kernel/$hash.build"
-    rm -rf "$work" && mkdir -p "$work/src" "$work/obj" "$store"
-    tar -xf "$tarball" -C "$work/src" --strip-components=1
+    local log="$CACHE/kernel/log"
+    mkdir -p "$CACHE/kernel"
+    staging kernel
+    mkdir "$staging"/{src,obj,done}
+    tar -xf "$tarball" -C "$staging/src" --strip-components=1
     # What the kernel embeds about its build must not differ between two builds.
     local repro=(KBUILD_BUILD_TIMESTAMP='1970-01-01' KBUILD_BUILD_USER=podhull KBUILD_BUILD_HOST=podhull KBUILD_BUILD_VERSION=1)
-    make -C "$work/src" O="$work/obj" "${repro[@]}" KCONFIG_ALLCONFIG="$config" allnoconfig >"$work/log" 2>&1 \
-      || { tail -20 "$work/log" >&2; die "kernel configuration failed; whole log: $work/log"; }
-    check_config "$work/obj/.config"
-    make -C "$work/src" O="$work/obj" "${repro[@]}" KCFLAGS="-ffile-prefix-map=$work=." -j"$(nproc)" vmlinux >>"$work/log" 2>&1 \
-      || { tail -20 "$work/log" >&2; die "kernel build failed; whole log: $work/log"; }
-    strip -o "$store/vmlinux.new" "$work/obj/vmlinux"
-    cp "$work/obj/.config" "$store/config"
-    mv "$store/vmlinux.new" "$store/vmlinux"
-    rm -rf "$work"
+    make -C "$staging/src" O="$staging/obj" "${repro[@]}" KCONFIG_ALLCONFIG="$config" allnoconfig >"$log" 2>&1 \
+      || { tail -20 "$log" >&2; die "kernel configuration failed; whole log: $log"; }
+    check_config "$staging/obj/.config"
+    make -C "$staging/src" O="$staging/obj" "${repro[@]}" KCFLAGS="-ffile-prefix-map=$staging=." -j"$(nproc)" vmlinux >>"$log" 2>&1 \
+      || { tail -20 "$log" >&2; die "kernel build failed; whole log: $log"; }
+    strip -o "$staging/done/vmlinux" "$staging/obj/vmlinux"
+    cp "$staging/obj/.config" "$staging/done/config"
+    # Whole, or not at all.
+    rm -rf "$store" && mv "$staging/done" "$store"
   fi
   install -m 0644 "$store/vmlinux" "$out"
   install -m 0644 "$store/config" "$out.config"

@@ -13,11 +13,12 @@ build_debian() {
   store="$CACHE/kernel/debian-$version"
   if [ ! -d "$store/boot" ]; then
     say "fetching Debian's kernel $version"
-    rm -rf "$store.new" && mkdir -p "$store.new"
-    ( cd "$store.new" && apt-get -o APT::Sandbox::User=root download -qq "$real" >/dev/null && dpkg -x "$real"_*.deb . && rm -- *.deb ) \
+    mkdir -p "$CACHE/kernel"
+    staging kernel
+    ( cd "$staging" && apt-get -o APT::Sandbox::User=root download -qq "$real" >/dev/null && dpkg -x "$real"_*.deb . && rm -- *.deb ) \
       || die "apt-get download $real failed"
-    depmod -b "$store.new" "$version"
-    mv "$store.new" "$store"
+    depmod -b "$staging" "$version"
+    mv "$staging" "$store"
   fi
   install -m 0644 "$store/boot/vmlinuz-$version" "$out"
   install -m 0644 "$store/boot/config-$version" "$out.config"
