@@ -46,7 +46,9 @@ pub(super) fn with(t: &Context, key: &str, value: &str) -> String {
 }
 
 /// What is looked at before a guest boots is refused within this.
-const AT_ONCE: Duration = Duration::from_secs(5);
+fn at_once() -> Duration {
+    Duration::from_secs(if boots_slowly() { 20 } else { 5 })
+}
 
 /// Whether guests are given more time than podhull's own, as in a node whose KVM
 /// is itself emulated.
@@ -94,7 +96,7 @@ async fn node_missing_files_are_named(t: &Context) -> Result<()> {
 async fn missing_is_named(t: &Context, key: &str) -> Result<()> {
     let path = format!("/nonexistent/{key}");
     let config = with(t, key, &format!("{path:?}"));
-    refused_within(t, AT_ONCE, &config, &[key, &path, "No such file"]).await
+    refused_within(t, at_once(), &config, &[key, &path, "No such file"]).await
 }
 
 async fn node_files_of_the_wrong_kind_are_named(t: &Context) -> Result<()> {
@@ -110,7 +112,7 @@ async fn node_files_of_the_wrong_kind_are_named(t: &Context) -> Result<()> {
         ("qemu", &text, "not a program"),
     ] {
         let config = with(t, key, &format!("{file:?}"));
-        refused_within(t, AT_ONCE, &config, &[key, file, says])
+        refused_within(t, at_once(), &config, &[key, file, says])
             .await
             .with_context(|| format!("{key} = {file:?}"))?;
     }
@@ -127,7 +129,7 @@ async fn node_vsock_daemon_missing_or_of_the_wrong_kind_is_named(t: &Context) ->
     let config = with(t, "vsock_daemon", &format!("{text:?}"));
     refused_within(
         t,
-        AT_ONCE,
+        at_once(),
         &config,
         &["vsock_daemon", &text, "not a program"],
     )
@@ -139,7 +141,7 @@ async fn node_qemu_that_ends_at_once_is_quoted(t: &Context) -> Result<()> {
     // A program that the VMM's confinement shows, and that knows none of QEMU's options.
     let config = with(t, "qemu", "\"/bin/ls\"");
     let words = ["qemu ended", "exit status: 2", "/bin/ls: invalid option"];
-    refused_within(t, AT_ONCE, &config, &words).await?;
+    refused_within(t, at_once(), &config, &words).await?;
     works_again(t).await
 }
 
@@ -277,7 +279,7 @@ async fn node_without_kvm_is_refused_unless_emulation_is_allowed(t: &Context) ->
         for words in reason {
             contains!(&text, *words);
         }
-        ensure!(took < AT_ONCE, "{flags}: refused only after {took:?}");
+        ensure!(took < at_once(), "{flags}: refused only after {took:?}");
         assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await?;
     }
     works_again(t).await
