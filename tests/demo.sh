@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# `make demo`'s program: to its end, then interrupted, then killed while a pod starts. Nothing may be left of any.
+# `make demo`: to its end, again within seconds, then interrupted, as a terminal does it, and its program killed while a
+# pod starts. Nothing may be left of any, and the host is as it was.
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/setup/lib.sh"
 cd "$ROOT"
@@ -24,27 +25,42 @@ left() {
   grep -l "$parent/$1" /proc/[0-9]*/mountinfo 2>/dev/null || true
 }
 
-# ended SIGNAL CODE : sends SIGNAL while a pod starts; the program must end with CODE and leave nothing.
+# host : what the demo could change outside of its namespaces and folders. What other runs make of their own is theirs.
+host() {
+  ip -o link | sed 's/^[0-9]*: //; s/ state .*//'
+  nft list ruleset
+  ls -A /run /etc/cni /etc/podhull /etc/containerd /opt/cni 2>/dev/null || true
+}
+
+# ended SIGNAL TO CODE COMMAND... : sends SIGNAL while a pod starts, to the process (TO is empty) or to its group (-);
+# COMMAND must end with CODE and leave nothing.
 ended() {
-  local line node janitor code=0
-  exec 3< <(exec "$demo" 2>&1)
+  local signal=$1 to=$2 expected=$3 line node janitor code=0
+  shift 3
+  exec 3< <(exec setsid "$@" 2>&1)
   running=$!
   while read -r -t 60 line <&3; do [[ $line != *"A pod"* ]] || break; done
   [[ $line == *"A pod"* ]] || die "the demo did not come as far as its pod: $line"
   node=$(basename "$(ls -d "$parent"/podhull-node-*)")
   janitor=${node##*-}
   [ -n "$(left "$node")" ] || die "nothing is seen of a node that runs: this test is blind"
-  kill "-$1" "$running"
+  kill "-$signal" -- "$to$running"
   wait "$running" || code=$?
   running=
-  [ "$code" = "$2" ] || die "after SIG$1 the demo ended with $code, expected $2"
-  timeout 30 tail --pid="$janitor" -f /dev/null || die "30 s after SIG$1 something of the demo still runs"
+  [ "$code" = "$expected" ] || die "after SIG$signal $1 ended with $code, expected $expected"
+  timeout 30 tail --pid="$janitor" -f /dev/null || die "30 s after SIG$signal something of the demo still runs"
   exec 3<&-
-  [ -z "$(left "$node")" ] || die "after SIG$1 there is left: $(left "$node")"
-  say "SIG$1 while a pod starts: nothing is left"
+  [ -z "$(left "$node")" ] || die "after SIG$signal there is left: $(left "$node")"
+  say "SIG$signal to $1 while a pod starts: nothing is left"
 }
 
-"$demo"
+before=$(host)
+make -s demo
+# All is built: it takes seconds.
+timeout 60 make -s demo >/dev/null || die "a second make demo fails, or takes longer than 60 s"
 [ -z "$(ls "$parent")" ] || die "the demo left $(ls "$parent")"
-ended INT 130
-ended KILL 137
+ended INT - 130 make -s demo
+ended INT "" 130 "$demo"
+ended KILL "" 137 "$demo"
+after=$(host)
+[ "$before" = "$after" ] || die "the host has changed: $(diff <(echo "$before") <(echo "$after"))"
