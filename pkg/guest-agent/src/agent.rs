@@ -8,18 +8,20 @@ use std::time::Duration;
 
 use podhull_api::agent::agent_server::AgentServer;
 use podhull_transport::{
-    GuestTimes, Holder, HolderKind, LeaseSet, TransportError, VsockListener, VsockTransport,
-    announce, dial_host,
+    CloseReport, GuestTimes, Holder, HolderKind, LeaseSet, Outcome, TransportError, VsockListener,
+    VsockTransport, announce, dial_host,
 };
 use podhull_types::{Cid, Deadline, Token, VsockPort};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::containers::Containers;
 use crate::error::GuestError;
 use crate::events::Events;
 use crate::reaper::Reaper;
-use crate::refused::Refused;
 use crate::server::Service;
+use crate::tally::Tally;
 use crate::{init, network, oci, sessions};
 
 /// Time for the host to be reached: the device is there when the kernel is.
@@ -28,6 +30,9 @@ const REACH_HOST: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(10);
 /// Time for the answer to Shutdown to leave before the VM ends.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+/// What ending the server's use of its connection may take of a close whose
+/// deadline has passed.
+const ABORT_GRACE: Duration = Duration::from_millis(500);
 /// Largest request.
 const MAX_MESSAGE: usize = 4 << 20;
 
@@ -93,24 +98,70 @@ async fn serve_host(started: Duration) -> Result<(), GuestError> {
     // Sessions can be dialled as soon as the host has heard READY.
     let listener = VsockListener::bind_vsock(Some(VsockPort::SESSIONS), Cid::HOST, leases.clone())?;
     let (control, token) = report_ready(&leases, started).await?;
-    let refused = Refused::default();
-    tokio::spawn(sessions::serve(
+    let (tally, stop) = (Tally::new(leases), CancellationToken::new());
+    let serving = sessions::serve(
         listener,
         token,
         containers.clone(),
-        refused.clone(),
-    ));
-
+        tally.clone(),
+        stop.clone(),
+    );
+    let sessions = Sessions {
+        serving: tokio::spawn(serving),
+        stop,
+    };
     let ended = Arc::new(Notify::new());
-    let service = Service::new(containers, events, refused, Arc::clone(&ended));
+    let service = Service::new(containers, events, tally, Arc::clone(&ended));
+    let report = serve_control(control, service, &ended, sessions).await?;
+    tracing::info!(%report, "closed");
+    Ok(())
+}
+
+/// The task that accepts sessions, and what ends it.
+#[derive(Debug)]
+struct Sessions {
+    serving: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+impl Sessions {
+    async fn close(mut self, by: Deadline) -> CloseReport {
+        self.stop.cancel();
+        let outcome = match by.run(&mut self.serving).await {
+            Ok(Ok(())) => Outcome::Clean,
+            Ok(Err(error)) => Outcome::Failed(error.to_string()),
+            Err(_) => {
+                self.serving.abort();
+                Outcome::Forced("a session does not end".into())
+            }
+        };
+        CloseReport::of("sessions", outcome)
+    }
+}
+
+/// Serves the host on `control` until it is gone, or has had its answer to
+/// Shutdown; then ends the sessions, the server, and the transport, in this order.
+async fn serve_control(
+    control: VsockTransport,
+    service: Service,
+    ended: &Notify,
+    sessions: Sessions,
+) -> Result<CloseReport, GuestError> {
     let service = AgentServer::new(service).max_decoding_message_size(MAX_MESSAGE);
     let (io, lost) = Connection::new(control.io()?);
     let once = tokio_stream::once(Ok::<_, io::Error>(io));
+    let incoming = futures::StreamExt::chain(once, futures::stream::pending());
+    let stop = CancellationToken::new();
     let serving = tonic::transport::Server::builder()
         .add_service(service)
-        .serve_with_incoming(futures::StreamExt::chain(once, futures::stream::pending()));
+        .serve_with_incoming_shutdown(incoming, stop.cancelled());
+    tokio::pin!(serving);
+    let mut served = None;
     tokio::select! {
-        served = serving => tracing::error!(?served, "control channel ended"),
+        result = &mut serving => {
+            tracing::error!(?result, "control channel ended");
+            served = Some(result);
+        }
         () = lost.notified() => tracing::error!("the host is gone"),
         () = ended.notified() => {
             // The host closes the channel when it has the answer.
@@ -118,7 +169,24 @@ async fn serve_host(started: Duration) -> Result<(), GuestError> {
             tracing::info!(host_left = left.is_ok(), "shut down");
         }
     }
-    Ok(())
+    let by = Deadline::after(LAST_WORDS);
+    let mut report = sessions.close(by).await;
+    stop.cancel();
+    let served = match served {
+        Some(result) => Ok(result),
+        None => by.run(serving).await,
+    };
+    report.push(
+        "grpc",
+        match served {
+            Ok(Ok(())) => Outcome::Clean,
+            Ok(Err(error)) => Outcome::Failed(error.to_string()),
+            Err(_) => Outcome::Forced("calls were still under way".into()),
+        },
+    );
+    // What the server still has of it fails, and lets go.
+    report.extend(control.close(by.max(Deadline::after(ABORT_GRACE))).await);
+    Ok(report)
 }
 
 async fn report_ready(
@@ -142,6 +210,9 @@ async fn report_ready(
     let token = announce(&control, times, by).await?;
     Ok((control, token))
 }
+
+#[cfg(test)]
+mod tests;
 
 pub use connection::Connection;
 

@@ -25,12 +25,12 @@ pub mod network;
 pub mod oci;
 pub mod process;
 pub mod reaper;
-pub mod refused;
 pub mod server;
 pub mod sessions;
 pub mod status;
 pub mod stdio;
 mod sys;
+pub mod tally;
 
 pub use agent::run;
 pub use error::GuestError;

@@ -21,7 +21,7 @@ use crate::error::GuestError;
 use crate::events::Events;
 use crate::init::{SHARE, SHM};
 use crate::network;
-use crate::refused::Refused;
+use crate::tally::Tally;
 
 /// The usual size of a pod's /dev/shm.
 const DEFAULT_SHM: u64 = 64 << 20;
@@ -38,7 +38,7 @@ const PASSES: u32 = 4;
 pub struct Service {
     containers: Containers,
     events: Events,
-    refused: Refused,
+    tally: Tally,
     /// Told when the VM may end.
     ended: std::sync::Arc<Notify>,
 }
@@ -49,13 +49,13 @@ impl Service {
     pub fn new(
         containers: Containers,
         events: Events,
-        refused: Refused,
+        tally: Tally,
         ended: std::sync::Arc<Notify>,
     ) -> Self {
         Self {
             containers,
             events,
-            refused,
+            tally,
             ended,
         }
     }
@@ -374,9 +374,15 @@ impl Agent for Service {
     ) -> Result<Response<agent::PingResponse>, Status> {
         self.events
             .acknowledge(request.into_inner().acknowledged_sequence);
+        // The host is to know that this guest lives, whatever it holds.
+        let held = self.tally.held();
+        if let Err(error) = &held {
+            tracing::warn!(%error, "the agent's descriptors cannot be counted");
+        }
         Ok(Response::new(agent::PingResponse {
             wall_clock_ns: now_ns(),
-            counts: Some(self.refused.counts()),
+            counts: Some(self.tally.counts()),
+            held: held.ok(),
         }))
     }
 
@@ -396,7 +402,7 @@ impl Agent for Service {
         self.ended.notify_one();
         Ok(Response::new(agent::ShutdownResponse {
             problems,
-            counts: Some(self.refused.counts()),
+            counts: Some(self.tally.counts()),
         }))
     }
 }

@@ -13,10 +13,11 @@ use podhull_types::{Deadline, ProcessRef, Token};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::containers::Containers;
-use crate::refused::Refused;
 use crate::stdio;
+use crate::tally::Tally;
 
 /// Time for a session's first frame: the host sends it at once.
 const GREETING: Duration = Duration::from_secs(10);
@@ -24,18 +25,20 @@ const GREETING: Duration = Duration::from_secs(10);
 /// Most connections that have not said yet who they are.
 const STRANGERS: usize = 256;
 
-/// Accepts sessions until the listener ends. One that fails ends only itself;
-/// all end with this future.
+/// Accepts sessions until `stop`, or until the listener ends. One that fails ends
+/// only itself; all have ended when this returns.
 pub(crate) async fn serve(
     listener: VsockListener,
     token: Token,
     containers: Containers,
-    refused: Refused,
+    tally: Tally,
+    stop: CancellationToken,
 ) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
     let mut sessions = JoinSet::new();
     loop {
         let accepted = tokio::select! {
+            () = stop.cancelled() => break,
             accepted = listener.accept() => accepted,
             Some(ended) = sessions.join_next() => {
                 if let Err(error) = ended {
@@ -48,21 +51,23 @@ pub(crate) async fn serve(
             Ok(transport) => match Arc::clone(&strangers).try_acquire_owned() {
                 Ok(stranger) => {
                     let (token, containers) = (token.clone(), containers.clone());
-                    let refused = refused.clone();
-                    sessions.spawn(session(transport, stranger, token, containers, refused));
+                    sessions.spawn(session(transport, stranger, token, containers));
                 }
                 Err(_) => {
-                    refused.one_too_many();
+                    tally.one_too_many();
                     let report = transport.close(Deadline::after(Duration::ZERO)).await;
                     tracing::warn!(%report, "too many connections that say nothing");
                 }
             },
             Err(error) => {
                 tracing::error!(%error, "no more sessions");
-                return;
+                break;
             }
         }
     }
+    let report = listener.close(Deadline::after(Duration::ZERO)).await;
+    tracing::debug!(%report, "no more sessions are accepted");
+    sessions.shutdown().await;
 }
 
 async fn session(
@@ -70,19 +75,15 @@ async fn session(
     stranger: OwnedSemaphorePermit,
     token: Token,
     containers: Containers,
-    refused: Refused,
 ) {
     let by = Deadline::after(GREETING);
     let received = receive_session(transport, &token, by).await;
     drop(stranger);
-    match received {
-        Ok(incoming) => match incoming.target().clone() {
+    // Otherwise it was counted and told where it was received.
+    if let Ok(incoming) = received {
+        match incoming.target().clone() {
             SessionTarget::Process(id) => process(incoming, &id, &containers, by).await,
             SessionTarget::Forward { port } => forward(incoming, port, by).await,
-        },
-        Err(error) => {
-            refused.greeting_failed(&error);
-            tracing::warn!(%error, "session refused");
         }
     }
 }
@@ -189,16 +190,53 @@ mod tests {
         matches!(soon().run(stream.read(&mut [0])).await, Ok(Ok(0) | Err(_)))
     }
 
-    /// What a host that has the token is told.
-    async fn ask(stream: UnixStream) -> SessionError {
+    /// What a host that has this token is told.
+    async fn ask(stream: UnixStream, token: [u8; Token::LEN]) -> SessionError {
         let lease = LeaseSet::new("vm")
             .issue(Holder::new(HolderKind::Session, "test"))
             .unwrap();
         let fd = stream.into_std().unwrap().into();
         let transport = VsockTransport::adopt(fd, Peer::Guest(VsockPort::SESSIONS), lease).unwrap();
         let target = SessionTarget::Process(ProcessRef::init(ContainerId::new("c1").unwrap()));
-        let opened = open_session(transport, &Token::from_bytes(TOKEN), &target, soon()).await;
+        let opened = open_session(transport, &Token::from_bytes(token), &target, soon()).await;
         opened.map(drop).unwrap_err()
+    }
+
+    /// Both sides are in this process: each has its line.
+    #[tokio::test]
+    async fn who_gets_no_session_is_told_of_once() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let lines = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_max_level(tracing::Level::INFO)
+            .with_writer(std::sync::Mutex::new(log.reopen().unwrap()));
+        let _lines = tracing::subscriber::set_default(lines.finish());
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let leases = LeaseSet::new("guest");
+        let listener =
+            VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
+        let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
+        let containers = Containers::new(Reaper::default(), Events::default());
+        let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
+        let token = Token::from_bytes(TOKEN);
+        let serving = tokio::spawn(serve(listener, token, containers, tally, stop.clone()));
+        let none = ask(UnixStream::connect(&socket).await.unwrap(), TOKEN).await;
+        assert!(matches!(none, SessionError::Refused { .. }), "{none}");
+        let other = [6; Token::LEN];
+        let wrong = ask(UnixStream::connect(&socket).await.unwrap(), other).await;
+        assert!(matches!(wrong, SessionError::Lost(_)), "{wrong}");
+        stop.cancel();
+        soon().run(serving).await.unwrap().unwrap();
+        let log = std::fs::read_to_string(log.path()).unwrap();
+        let said = |of: &str, what: &str| {
+            let about = |line: &&str| line.contains(of) && line.contains(what);
+            log.lines().filter(about).count()
+        };
+        let (guest, transport) = ("podhull_guest_agent::", "podhull_transport::");
+        assert_eq!((said(guest, "c1"), said(transport, "c1")), (1, 2), "{log}");
+        assert_eq!(said("WARN", "wrong token"), 1, "{log}");
+        assert_eq!(log.lines().count(), 4, "{log}");
     }
 
     /// Who says nothing takes a place, and gives it back.
@@ -212,7 +250,8 @@ mod tests {
         let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
         let containers = Containers::new(Reaper::default(), Events::default());
         let token = Token::from_bytes(TOKEN);
-        let serving = tokio::spawn(serve(listener, token, containers, Refused::default()));
+        let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
+        let serving = tokio::spawn(serve(listener, token, containers, tally, stop.clone()));
 
         let mut silent = Vec::new();
         for number in 1..=STRANGERS {
@@ -228,14 +267,20 @@ mod tests {
         first.write_all(&[0; 8]).await.unwrap();
         assert!(has_ended(&mut first).await);
         let next = UnixStream::connect(&socket).await.unwrap();
-        let answer = ask(next).await;
+        let answer = ask(next, TOKEN).await;
         assert!(matches!(answer, SessionError::Refused { .. }), "{answer}");
         let connecting = connect(&socket, &leases, STRANGERS);
         silent.push(soon().run(connecting).await.unwrap());
         let mut late = UnixStream::connect(&socket).await.unwrap();
         assert!(has_ended(&mut late).await, "one too many is kept");
 
-        serving.abort();
-        assert!(serving.await.unwrap_err().is_cancelled());
+        // All end with it, and are gone when it is.
+        stop.cancel();
+        soon().run(serving).await.unwrap().unwrap();
+        assert!(leases.held().is_empty());
+        for stranger in &mut silent {
+            assert!(has_ended(stranger).await);
+        }
+        assert!(UnixStream::connect(&socket).await.is_err(), "it listens");
     }
 }

@@ -54,6 +54,8 @@ async fn forward(sandbox: Arc<Sandbox>, stream: TcpStream, port: u16) {
     };
     let session = match dialled {
         Ok(session) => session,
+        // Told where it was dialled.
+        Err(SandboxError::Session(_)) => return reset(stream),
         Err(error) => {
             tracing::info!(sandbox = %sandbox.spec.id, port, %error, "port not forwarded");
             return reset(stream);

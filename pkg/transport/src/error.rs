@@ -91,8 +91,9 @@ impl TransportError {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
-    /// The peer refused it and said why.
-    #[error("session refused: {reason}")]
+    /// The peer refused it and said why. A guest is not to be trusted: its words
+    /// are quoted, so that they cannot forge a line of the log.
+    #[error("session refused: {reason:?}")]
     Refused {
         /// The peer's words.
         reason: String,

@@ -25,7 +25,8 @@ pub static ACCEPT_FAILED: LazyLock<IntCounter> = LazyLock::new(|| {
     )
 });
 
-/// Sessions that ended because the peer broke the protocol.
+/// Sessions that ended because the peer broke the protocol, and those that a
+/// guest answered so. What a guest itself was greeted with is counted below.
 pub static PROTOCOL_ERRORS: LazyLock<IntCounter> = LazyLock::new(|| {
     counter(
         "podhull_session_protocol_errors_total",
@@ -41,6 +42,30 @@ pub static REFUSED: LazyLock<IntCounter> = LazyLock::new(|| {
     )
 });
 
+/// Connections that a guest refused for their token.
+pub static WRONG_TOKEN: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_greetings_wrong_token_total",
+        "Connections with another token",
+    )
+});
+
+/// Connections that a guest refused for what they began with.
+pub static BAD_GREETING: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_greetings_bad_total",
+        "Connections that began with something else than a HELLO of ours",
+    )
+});
+
+/// Connections that a guest gave up: no whole greeting came.
+pub static NO_GREETING: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_greetings_missing_total",
+        "Connections that ended, or were ended, before their HELLO was whole",
+    )
+});
+
 /// Transports that are open now.
 pub static OPEN: LazyLock<IntGauge> = LazyLock::new(|| {
     let name = "podhull_transports_open";
@@ -48,7 +73,7 @@ pub static OPEN: LazyLock<IntGauge> = LazyLock::new(|| {
         .unwrap_or_else(|error| unreachable!("{name}: {error}"))
 });
 
-/// Makes the counters part of `registry`.
+/// Makes the host's counters part of `registry`.
 ///
 /// # Errors
 /// If one of them is registered there already.

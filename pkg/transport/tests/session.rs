@@ -206,7 +206,7 @@ async fn a_refusal_carries_its_reason() {
     let (token, target) = (token(), target());
     let (opened, ()) = tokio::join!(open_session(host, &token, &target, soon()), refuse);
     let error = opened.map(drop).unwrap_err();
-    assert_eq!(error.to_string(), "session refused: no process c1/e1");
+    assert_eq!(error.to_string(), "session refused: \"no process c1/e1\"");
     assert_eq!(podhull_transport::metrics::REFUSED.get(), 1);
     assert!(leases.held().is_empty());
 }

@@ -166,21 +166,43 @@ pub async fn open_session(
             })
         }
         Err(error) => {
-            count(&error);
+            not_opened(&error, target);
             close_logged(transport, by).await;
             Err(error)
         }
     }
 }
 
-/// Counts a peer that does not even begin as it should; the caller, who knows
-/// what it wanted, logs it.
-fn count(error: &SessionError) {
+/// Counts and tells, once, why the guest gives no session.
+fn not_opened(error: &SessionError, target: &SessionTarget) {
     match error {
-        SessionError::Protocol(_) | SessionError::WrongToken => metrics::PROTOCOL_ERRORS.inc(),
-        SessionError::Refused { .. } => metrics::REFUSED.inc(),
-        SessionError::Lost(_) | SessionError::Closed | SessionError::Deadline(_) => {}
+        SessionError::Protocol(_) | SessionError::WrongToken => {
+            metrics::PROTOCOL_ERRORS.inc();
+            tracing::warn!(%target, %error, "no session: the guest broke the protocol");
+        }
+        SessionError::Refused { .. } => {
+            metrics::REFUSED.inc();
+            tracing::warn!(%target, %error, "no session");
+        }
+        SessionError::Lost(_) | SessionError::Closed | SessionError::Deadline(_) => {
+            tracing::info!(%target, %error, "no session");
+        }
     }
+}
+
+/// Counts and tells, once, why a connection becomes no session.
+fn not_received(error: &SessionError) {
+    match error {
+        SessionError::WrongToken => &metrics::WRONG_TOKEN,
+        SessionError::Protocol(_) => &metrics::BAD_GREETING,
+        // It said too little, and then ended or went on for too long.
+        SessionError::Lost(_)
+        | SessionError::Closed
+        | SessionError::Deadline(_)
+        | SessionError::Refused { .. } => &metrics::NO_GREETING,
+    }
+    .inc();
+    tracing::warn!(%error, "connection refused: it is no session");
 }
 
 async fn close_logged(transport: VsockTransport, by: Deadline) {
@@ -238,7 +260,7 @@ pub async fn receive_session(
             })
         }
         Err(error) => {
-            count(&error);
+            not_received(&error);
             close_logged(transport, by).await;
             Err(error)
         }

@@ -159,12 +159,23 @@ async fn are_counted(shim: u32, refused: [(&str, usize); 5]) -> Result<()> {
         ensure!(Instant::now() < by, "{lines:#?}, expected {counted:#?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    // Each in one place only.
+    let metrics = held::metrics(&folder).await?;
+    let elsewhere = metrics.lines().find(|line| {
+        line.starts_with("podhull_guest_errors_total{kind=\"protocol\"}") && !line.ends_with(" 0")
+    });
+    same!(elsewhere, None, "counted once more");
     let log = fs::read_to_string(folder.join("shim.log"))?;
+    let told = |kind: &str| {
+        let about = format!("kind=\"{kind}\"");
+        let lines = log.lines();
+        lines
+            .filter(|line| line.contains("wrong in the guest") && line.contains(&about))
+            .count()
+    };
+    same!(told("protocol"), 0, "lines about the protocol");
     for (reason, number) in refused {
-        let told = log.lines().filter(|line| {
-            line.contains("wrong in the guest") && line.contains(&format!("kind=\"{reason}\""))
-        });
-        same!(told.count(), number.min(1), "lines about {reason}");
+        same!(told(reason), number.min(1), "lines about {reason}");
     }
     Ok(())
 }
