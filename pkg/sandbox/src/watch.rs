@@ -122,6 +122,7 @@ async fn watch_heartbeat(sandbox: Weak<Sandbox>, seen: Arc<AtomicU64>) {
         if let Ok(pong) = pong {
             answered = Instant::now();
             sandbox.note_counts(pong.counts);
+            sandbox.note_held(pong.held);
         }
         let suspect = !alive;
         let changed = sandbox

@@ -42,6 +42,8 @@ pub struct Metrics {
     pub guest_refused: IntCounterVec,
     /// What else went wrong in the guest, by `kind`.
     pub guest_errors: IntCounterVec,
+    /// What the guest's agent holds, by `what`, as it said last.
+    pub guest_holds: IntGaugeVec,
     /// Time of calls to the agent, by `method` and `result`.
     pub agent_calls: HistogramVec,
 }
@@ -118,8 +120,13 @@ impl Metrics {
             )?,
             guest_errors: counter(
                 "podhull_guest_errors_total",
-                "Peers that broke the session protocol, and transports dropped, in the guest",
+                "Peers that broke the session protocol after their greeting, and transports dropped, in the guest",
                 &["kind"],
+            )?,
+            guest_holds: gauge(
+                "podhull_guest_holds",
+                "What the guest's agent holds, as it said with its last heartbeat",
+                &["what"],
             )?,
             agent_calls: histogram(
                 "podhull_agent_rpc_duration_seconds",
