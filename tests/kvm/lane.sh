@@ -116,17 +116,18 @@ follow() {
   [ -f "$out/code" ] || { tail -n 20 "$out/console" "$out/qemu.log" >&2; die "the node ended before its job"; }
 }
 
-# Runs in the node: the transports first; none of their tests may find nothing to test.
+# with_vsock_tests FOLDER WHICH COMMAND... : runs in the node: the transports first; none of their tests may find
+# nothing to test. WHICH is --include-ignored for those that take long, too.
 with_vsock_tests() {
   local tests said
   for tests in "$1"/vsock-tests-*; do
-    said=$(timeout 120 "$tests" --nocapture 2>&1) || { echo "$said"; return 1; }
+    said=$(timeout 120 "$tests" --nocapture $2 2>&1) || { echo "$said"; return 1; }
     echo "$said"
     grep -q '^test result: ok\. [1-9]' <<<"$said" || return 1
     # With one CPU it follows the test's name on its line.
     ! grep -q SKIP <<<"$said" || return 1
   done
-  shift
+  shift 2
   "$@"
 }
 
@@ -189,11 +190,12 @@ if [ "${1:-}" = -- ]; then
   exit "$code"
 else
   [ -x "$suite" ] || die "$suite is missing: make test-all PART=kvm builds it"
-  [ "${1:-}" != --smoke ] || set -- $SMOKE
+  which=--include-ignored
+  [ "${1:-}" != --smoke ] || { set -- $SMOKE; which=; }
   [ $# -gt 0 ] || set -- $FILTER
   [ -n "$vsock_tests" ] || die "VSOCK_TESTS: the built tests over AF_VSOCK (make test-kvm sets it)"
   run bash -c "$(declare -f with_vsock_tests); with_vsock_tests \"\$@\"" - \
-    "$out/bin" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
+    "$out/bin" "$which" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
   check_vmms
   check_its_own "$@"
   exit "$code"

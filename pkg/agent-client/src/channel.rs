@@ -63,11 +63,14 @@ impl AgentChannel {
     /// closed if that fails.
     ///
     /// # Errors
-    /// [`AgentError::Setup`] if HTTP/2 cannot be set up.
+    /// [`AgentError::Setup`] if HTTP/2 cannot be set up, [`AgentError::Deadline`]
+    /// if the peer takes nothing of it.
     pub async fn establish(transport: VsockTransport, by: Deadline) -> Result<Self, AgentError> {
         transport.rename_holder(Holder::new(HolderKind::Control, "agent channel"));
         let executor = OwnExecutor::default();
-        match Self::connect(&transport, executor.clone()).await {
+        let connecting = Self::connect(&transport, executor.clone());
+        let connected = by.run(connecting).await;
+        match connected.unwrap_or(Err(AgentError::Deadline { method: "HTTP/2" })) {
             Ok(line) => Ok(Self {
                 line,
                 executor,
@@ -75,7 +78,8 @@ impl AgentChannel {
             }),
             Err(error) => {
                 executor.cancel();
-                let report = transport.close(by).await;
+                let last = Deadline::after(ABORT_GRACE).max(by);
+                let report = transport.close(last).await;
                 tracing::debug!(%report, "closed the transport of a failed channel");
                 Err(error)
             }

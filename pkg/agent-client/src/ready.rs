@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use podhull_transport::{GuestTimes, TransportError, VsockListener, welcome};
+use podhull_transport::{GuestTimes, TransportError, VsockListener, metrics, welcome};
 use podhull_types::{Deadline, Token};
 
 use crate::channel::AgentChannel;
@@ -57,6 +57,7 @@ pub async fn wait_for_agent(
                 return Ok(Connected { channel, times });
             }
             Err(error) => {
+                metrics::FOREIGN_READY.inc();
                 let report = transport.close(by).await;
                 tracing::warn!(%error, %report, "not the agent");
                 if by.passed() {

@@ -6,9 +6,9 @@ use std::future::pending;
 use std::os::unix::net;
 use std::time::{Duration, Instant};
 
-use podhull_agent_client::{AgentChannel, AgentError, RpcKind, wait_for_agent};
+use podhull_agent_client::{AgentChannel, AgentError, wait_for_agent};
 use podhull_api::agent::PingRequest;
-use podhull_transport::metrics::DROPPED_UNCLOSED;
+use podhull_transport::metrics::{DROPPED_UNCLOSED, FOREIGN_READY};
 use podhull_transport::{
     CloseReport, GuestTimes, Holder, HolderKind, LeaseSet, Outcome, Peer, VsockListener,
     VsockTransport, announce,
@@ -16,7 +16,13 @@ use podhull_transport::{
 use podhull_types::{Deadline, Token, VsockPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch};
 use tonic::service::Routes;
+
+use calls::{first_call_after, is_answer, ping};
+
+#[path = "shared/calls.rs"]
+mod calls;
 
 fn after(milliseconds: u64) -> Deadline {
     Deadline::after(Duration::from_millis(milliseconds))
@@ -47,23 +53,6 @@ fn serve(stream: UnixStream) -> tokio::task::JoinHandle<()> {
         let server = tonic::transport::Server::builder().add_routes(Routes::default());
         server.serve_with_incoming(once).await.unwrap();
     })
-}
-
-async fn ping(channel: &AgentChannel, by: Deadline) -> Result<(), AgentError> {
-    let ping = channel.call("Ping", by, async |mut client| {
-        client.ping(PingRequest::default()).await
-    });
-    ping.await.map(drop)
-}
-
-fn is_answer(result: Result<(), AgentError>) -> bool {
-    matches!(
-        result,
-        Err(AgentError::Rpc {
-            kind: RpcKind::Unimplemented,
-            ..
-        })
-    )
 }
 
 fn step(report: &CloseReport, name: &str) -> Outcome {
@@ -104,7 +93,7 @@ async fn ready(leases: &LeaseSet) -> (AgentChannel, tokio::task::JoinHandle<()>)
         wait_for_agent(&listener, &token, after(5000), pending()),
         agent
     );
-    assert!(listener.close(after(1000)).await.is_clean());
+    assert!(listener.close().is_clean());
     (connected.unwrap().channel, serve(served))
 }
 
@@ -114,11 +103,7 @@ async fn l5_the_first_call_may_come_late() {
     let leases = LeaseSet::new("vm");
     for _ in 0..10 {
         let (channel, server) = ready(&leases).await;
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(is_answer(ping(&channel, after(5000)).await));
-        assert!(is_answer(ping(&channel, after(5000)).await));
-        let report = channel.close(after(5000)).await;
-        assert!(report.is_clean(), "{report}");
+        first_call_after(Duration::from_millis(100), channel).await;
         server.await.unwrap();
     }
     assert!(leases.held().is_empty());
@@ -133,7 +118,7 @@ async fn l5_the_first_call_may_come_after_30_s() {
     tokio::time::pause();
     tokio::time::sleep(Duration::from_secs(30)).await;
     tokio::time::resume();
-    assert!(is_answer(ping(&channel, after(5000)).await));
+    assert!(is_answer(&ping(&channel, after(5000)).await));
     assert!(channel.close(after(5000)).await.is_clean());
     server.await.unwrap();
     assert!(leases.held().is_empty());
@@ -221,15 +206,128 @@ async fn l4_a_lost_peer_still_closes_the_transport() {
     assert!(leases.held().is_empty());
 }
 
+/// What the peer of a channel has seen of it.
+struct Seen {
+    /// HTTP/2, up to the end once that has come.
+    bytes: watch::Receiver<Vec<u8>>,
+    /// Lets what the server said so far, and says later, through to the channel.
+    answer: oneshot::Sender<()>,
+    relaying: tokio::task::JoinHandle<()>,
+}
+
+/// A server that is heard only when the test says so.
+fn overhear(peer: UnixStream) -> Seen {
+    let (near, served) = UnixStream::pair().unwrap();
+    let server = serve(served);
+    let (seen, bytes) = watch::channel(Vec::new());
+    let (answer, answered) = oneshot::channel();
+    let relaying = tokio::spawn(async move {
+        let (mut from_host, mut to_host) = peer.into_split();
+        let (mut from_server, mut to_server) = near.into_split();
+        let asking = async {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = from_host.read(&mut chunk).await {
+                to_server.write_all(&chunk[..count]).await.unwrap();
+                seen.send_modify(|seen| seen.extend_from_slice(&chunk[..count]));
+            }
+            drop(to_server);
+        };
+        let answering = async {
+            answered.await.unwrap();
+            tokio::io::copy(&mut from_server, &mut to_host).await
+        };
+        let ((), _) = tokio::join!(asking, answering);
+        server.await.unwrap();
+    });
+    Seen {
+        bytes,
+        answer,
+        relaying,
+    }
+}
+
+/// The whole frames behind HTTP/2's preface (RFC 9113, 3.4 and 4.1): type and
+/// payload.
+fn frames(bytes: &[u8]) -> Vec<(u8, Vec<u8>)> {
+    let mut rest = bytes.get(24..).unwrap_or_default();
+    let mut frames = Vec::new();
+    while let Some((header, after)) = rest.split_at_checked(9) {
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        let Some((payload, after)) = after.split_at_checked(length.try_into().unwrap()) else {
+            break;
+        };
+        frames.push((header[3], payload.to_vec()));
+        rest = after;
+    }
+    frames
+}
+
+/// As the peer sees it: a call that is under way is answered, gRPC says that it
+/// goes, and only then the connection ends.
 #[tokio::test]
 async fn l4_grpc_ends_before_the_transport() {
+    const HEADERS: u8 = 1;
+    const GOAWAY: u8 = 7;
     let leases = LeaseSet::new("vm");
     let (channel, peer) = established(&leases).await;
-    let _server = serve(peer);
-    assert!(is_answer(ping(&channel, after(5000)).await));
-    let report = channel.close(after(5000)).await;
+    let mut seen = overhear(peer);
+    let (mut client, mut late) = (channel.client().unwrap(), channel.client().unwrap());
+    let call = tokio::spawn(async move { client.ping(PingRequest::default()).await });
+    let asked = seen.bytes.wait_for(|bytes| {
+        let frames = frames(bytes);
+        frames.iter().any(|(kind, _)| *kind == HEADERS)
+    });
+    drop(after(5000).run(asked).await.unwrap().unwrap());
+
+    let closing = tokio::spawn(channel.close(after(20_000)));
+    // It has begun when it takes no more calls.
+    let status = loop {
+        let call = late.ping(PingRequest::default());
+        let answer = after(50).run(call).await;
+        if let Ok(Err(status)) = answer {
+            break status;
+        }
+    };
+    let error = AgentError::from_status("Ping", &status);
+    assert!(matches!(error, AgentError::Closing), "{error:?}");
+    assert!(!closing.is_finished(), "a call is under way");
+    assert_eq!(leases.held().len(), 1);
+    let gone = |bytes: &[u8]| frames(bytes).iter().any(|(kind, _)| *kind == GOAWAY);
+    assert!(
+        !gone(&seen.bytes.borrow()),
+        "it goes while a call is under way"
+    );
+
+    seen.answer.send(()).unwrap();
+    let answer = call.await.unwrap().unwrap_err();
+    let answer = Err(AgentError::from_status("Ping", &answer));
+    assert!(is_answer(&answer), "{answer:?}");
+    let report = closing.await.unwrap();
+    assert!(report.is_clean(), "{report}");
     let order: Vec<_> = report.steps().map(|(step, _)| step).collect();
     assert_eq!(order, ["grpc", "transport"]);
+    after(5000).run(seen.relaying).await.unwrap().unwrap();
+    let frames = frames(&seen.bytes.borrow());
+    let (kind, payload) = frames.last().unwrap();
+    assert_eq!(*kind, GOAWAY, "the last of {frames:?}");
+    assert_eq!(payload[4..8], [0; 4], "no error");
+    assert!(leases.held().is_empty());
+}
+
+/// The peer takes nothing, not even HTTP/2's first bytes.
+#[tokio::test]
+async fn l4_a_channel_that_cannot_be_made_ends_at_its_deadline() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut deaf) = pair(&leases);
+    let mut io = transport.io().unwrap();
+    let full = [0; 4096];
+    while after(50).run(io.write_all(&full)).await.is_ok() {}
+    drop(io);
+    let making = AgentChannel::establish(transport, after(100));
+    let error = after(5000).run(making).await.unwrap().unwrap_err();
+    assert!(matches!(error, AgentError::Deadline { .. }), "{error:?}");
+    assert!(leases.held().is_empty());
+    deaf.read_to_end(&mut Vec::new()).await.unwrap();
 }
 
 #[tokio::test]
@@ -284,9 +382,12 @@ async fn l6_strangers_are_turned_away_until_the_agent_comes() {
         (agent, token)
     });
     let token = Token::from_bytes([3; 32]);
+    let counted = FOREIGN_READY.get();
     let connected = wait_for_agent(&listener, &token, after(5000), pending())
         .await
         .unwrap();
+    // Other tests of this process have strangers, too.
+    assert!(FOREIGN_READY.get() >= counted + 2);
     assert_eq!(connected.times.kernel_to_agent, Duration::from_millis(447));
     let (agent, received) = guest.await.unwrap();
     assert!(received.matches(&token));
@@ -297,7 +398,7 @@ async fn l6_strangers_are_turned_away_until_the_agent_comes() {
     );
     let _ = connected.channel.close(after(1000)).await;
     let _ = agent.close(after(1000)).await;
-    let _ = listener.close(after(1000)).await;
+    let _ = listener.close();
     assert!(leases.held().is_empty());
 }
 

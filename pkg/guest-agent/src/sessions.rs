@@ -65,7 +65,7 @@ pub(crate) async fn serve(
             }
         }
     }
-    let report = listener.close(Deadline::after(Duration::ZERO)).await;
+    let report = listener.close();
     tracing::debug!(%report, "no more sessions are accepted");
     sessions.shutdown().await;
 }

@@ -164,7 +164,7 @@ async fn bring_up(
     let connected = connected?;
     // Nobody else is to connect.
     if let Some(listener) = parts.ready.take() {
-        let report = listener.close(by).await;
+        let report = listener.close();
         tracing::debug!(%report, "the guest has connected");
     }
     let ready = spec.started.elapsed();

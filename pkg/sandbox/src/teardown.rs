@@ -242,7 +242,7 @@ pub(crate) async fn tear_down(
         report.extend(channel.close(by.at_most(CHANNEL)).await);
     }
     if let Some(ready) = parts.ready {
-        report.extend(ready.close(by).await);
+        report.extend(ready.close());
     }
     if let Some(vm) = parts.vm {
         let stopped = vm.stop(by).await;

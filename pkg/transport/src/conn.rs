@@ -99,6 +99,13 @@ impl<S> Conn<S> {
     }
 }
 
+/// Without its owner a view is of no use.
+impl<S> Drop for Conn<S> {
+    fn drop(&mut self) {
+        self.begin_close();
+    }
+}
+
 /// The user's share: the descriptor is open as long as this exists.
 #[derive(Debug)]
 pub(crate) struct View<S> {

@@ -14,12 +14,9 @@ pub enum TransportError {
     /// The VM is being stopped.
     #[error(transparent)]
     Closing(#[from] Closing),
-    /// The transport was closed, or its one view is taken already.
-    #[error("transport is {state}")]
-    NotUsable {
-        /// `closed` or `in use`.
-        state: &'static str,
-    },
+    /// The transport's one view is taken already.
+    #[error("transport is in use")]
+    InUse,
     /// Connecting to a port of the guest failed.
     #[error("connect to guest port {port}")]
     Dial {
@@ -54,9 +51,12 @@ pub enum TransportError {
         /// Who may.
         expected: Cid,
     },
-    /// The peer's first bytes are not podhull's, or of another version.
-    #[error("handshake: {0}")]
-    Handshake(&'static str),
+    /// The guest's first bytes are not those of this version's agent.
+    #[error("handshake: the guest's agent is not podhull's, or another version")]
+    ForeignAgent,
+    /// The host's are not those of this version's host.
+    #[error("handshake: the host does not speak podhull's protocol")]
+    ForeignHost,
     /// The deadline passed.
     #[error("{what}: deadline passed")]
     Deadline {
@@ -133,6 +133,9 @@ pub enum ProtocolError {
         /// What is allowed.
         limit: u32,
     },
+    /// The header's reserved bytes are in use: a version that this one is not.
+    #[error("reserved bytes {0:02x?} in a frame's header")]
+    Reserved([u8; 2]),
     /// The frame's payload is too short or malformed.
     #[error("malformed {0} frame")]
     Malformed(&'static str),

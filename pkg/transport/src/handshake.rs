@@ -33,7 +33,7 @@ fn micros(duration: Duration) -> u64 {
 /// The guest's side: says READY and receives the token.
 ///
 /// # Errors
-/// [`TransportError::Handshake`] if the peer is not a podhull host.
+/// [`TransportError::ForeignHost`] if the peer is not a podhull host.
 pub async fn announce(
     transport: &VsockTransport,
     times: GuestTimes,
@@ -53,9 +53,7 @@ pub async fn announce(
             .await
             .map_err(TransportError::io("receive the token"))?;
         if magic != *WELCOME {
-            return Err(TransportError::Handshake(
-                "the host does not speak podhull's protocol",
-            ));
+            return Err(TransportError::ForeignHost);
         }
         let mut token = [0; Token::LEN];
         io.read_exact(&mut token)
@@ -71,7 +69,7 @@ pub async fn announce(
 /// The host's side: receives READY and hands out the token.
 ///
 /// # Errors
-/// [`TransportError::Handshake`] if the peer is not a podhull agent.
+/// [`TransportError::ForeignAgent`] if the peer is not a podhull agent.
 pub async fn welcome(
     transport: &VsockTransport,
     token: &Token,
@@ -84,9 +82,7 @@ pub async fn welcome(
             .await
             .map_err(TransportError::io("receive READY"))?;
         if magic != *READY {
-            return Err(TransportError::Handshake(
-                "the guest's agent is not podhull's, or another version",
-            ));
+            return Err(TransportError::ForeignAgent);
         }
         let mut next = async || {
             io.read_u64_le()
@@ -163,7 +159,7 @@ mod tests {
         let error = welcome(&host, &Token::from_bytes([9; 32]), by)
             .await
             .unwrap_err();
-        assert!(matches!(error, TransportError::Handshake(_)));
+        assert!(matches!(error, TransportError::ForeignAgent));
     }
 
     #[tokio::test(start_paused = true)]

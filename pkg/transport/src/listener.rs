@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use podhull_types::{Cid, Deadline, VsockPort, accept_again};
+use podhull_types::{Cid, VsockPort, accept_again};
 use tokio::net::UnixListener;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr};
 
@@ -29,8 +29,29 @@ enum Socket {
     },
     Hybrid {
         listener: UnixListener,
-        path: PathBuf,
+        file: SocketFile,
     },
+}
+
+/// The file of a listening socket; it goes with its owner.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl SocketFile {
+    fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            tracing::warn!(path = %self.0.display(), %error, "a socket's file is left");
+        }
+    }
 }
 
 /// Accepts connections; each one is a transport with a lease of its own, so it
@@ -61,9 +82,10 @@ impl VsockListener {
             source,
         };
         let listener = UnixListener::bind(&path).map_err(failed)?;
+        let file = SocketFile(path.clone());
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         Ok(Self {
-            socket: Socket::Hybrid { listener, path },
+            socket: Socket::Hybrid { listener, file },
             port,
             leases,
         })
@@ -162,15 +184,14 @@ impl VsockListener {
         VsockTransport::adopt(fd, peer, lease)
     }
 
-    /// Stops listening and removes the socket. Connections that were accepted
-    /// are their users' and stay.
-    pub async fn close(self, _by: Deadline) -> CloseReport {
+    /// Stops listening and removes the socket, as its drop does, and says how that
+    /// went. Connections that were accepted are their users' and stay.
+    pub fn close(self) -> CloseReport {
         let outcome = match &self.socket {
             Socket::Vsock { .. } => Outcome::Clean,
-            Socket::Hybrid { path, .. } => match fs::remove_file(path) {
+            Socket::Hybrid { file, .. } => match file.remove() {
                 Ok(()) => Outcome::Clean,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Outcome::Clean,
-                Err(error) => Outcome::Failed(format!("remove {}: {error}", path.display())),
+                Err(error) => Outcome::Failed(format!("remove {}: {error}", file.0.display())),
             },
         };
         CloseReport::of("listener", outcome)
@@ -181,6 +202,7 @@ impl VsockListener {
 mod tests {
     use std::time::Duration;
 
+    use podhull_types::Deadline;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 
@@ -201,7 +223,7 @@ mod tests {
                 .await
                 .unwrap();
         let transport = listener.accept().await.unwrap();
-        assert!(listener.close(soon()).await.is_clean());
+        assert!(listener.close().is_clean());
         assert!(
             !folder
                 .path()
@@ -215,6 +237,22 @@ mod tests {
         drop(io);
         assert!(transport.close(soon()).await.is_clean());
         assert!(leases.held().is_empty());
+    }
+
+    /// On whichever way out.
+    #[tokio::test]
+    async fn l7_a_listener_that_is_dropped_leaves_no_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let bind = || VsockListener::bind_hybrid(&vm, VsockPort::READY, LeaseSet::new("vm"));
+        for _ in 0..2 {
+            let listener = bind().unwrap();
+            // It is another's: not touched.
+            assert!(matches!(bind(), Err(TransportError::Listen { .. })));
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+            drop(listener);
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
     }
 
     #[tokio::test]

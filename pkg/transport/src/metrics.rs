@@ -66,6 +66,15 @@ pub static NO_GREETING: LazyLock<IntCounter> = LazyLock::new(|| {
     )
 });
 
+/// Connections to the host's listener that were not the agent's: they said
+/// nothing, something else, or READY of another version.
+pub static FOREIGN_READY: LazyLock<IntCounter> = LazyLock::new(|| {
+    counter(
+        "podhull_ready_refused_total",
+        "Connections that came for the agent's and did not say READY",
+    )
+});
+
 /// Transports that are open now.
 pub static OPEN: LazyLock<IntGauge> = LazyLock::new(|| {
     let name = "podhull_transports_open";
@@ -82,5 +91,6 @@ pub fn register(registry: &Registry) -> Result<(), prometheus::Error> {
     registry.register(Box::new(ACCEPT_FAILED.clone()))?;
     registry.register(Box::new(PROTOCOL_ERRORS.clone()))?;
     registry.register(Box::new(REFUSED.clone()))?;
+    registry.register(Box::new(FOREIGN_READY.clone()))?;
     registry.register(Box::new(OPEN.clone()))
 }

@@ -106,12 +106,27 @@ impl Drop for Socket {
 #[derive(Debug)]
 #[must_use = "dropping a transport closes it"]
 pub struct VsockTransport {
-    // `None` once closed.
-    conn: Option<Conn<Socket>>,
+    // Dropped in this order: the descriptor is closed when that is told.
+    conn: Conn<Socket>,
+    unclosed: Unclosed,
+}
+
+/// Tells of a transport that was dropped.
+#[derive(Debug)]
+struct Unclosed {
     peer: Peer,
-    /// Whoever prepares it may be cancelled, its view with it: to drop it then
-    /// is no mistake.
-    preparing: bool,
+    /// False once it is closed, and while whoever prepares it may be cancelled,
+    /// its view with it: to drop it then is no mistake.
+    is_mistake: bool,
+}
+
+impl Drop for Unclosed {
+    fn drop(&mut self) {
+        if self.is_mistake {
+            metrics::DROPPED_UNCLOSED.inc();
+            tracing::warn!(peer = %self.peer, "transport dropped without close");
+        }
+    }
 }
 
 impl VsockTransport {
@@ -131,33 +146,27 @@ impl VsockTransport {
         metrics::OPEN.inc();
         lease.connected_to(peer.to_string());
         Ok(Self {
-            conn: Some(Conn::new(Socket(socket), lease)),
-            peer,
-            preparing: false,
+            conn: Conn::new(Socket(socket), lease),
+            unclosed: Unclosed {
+                peer,
+                is_mistake: true,
+            },
         })
     }
 
-    fn conn(&self) -> Result<&Conn<Socket>, TransportError> {
-        self.conn
-            .as_ref()
-            .ok_or(TransportError::NotUsable { state: "closed" })
-    }
-
     pub(crate) fn set_preparing(&mut self, preparing: bool) {
-        self.preparing = preparing;
+        self.unclosed.is_mistake = !preparing;
     }
 
     /// The other end.
     #[must_use]
     pub fn peer(&self) -> &Peer {
-        &self.peer
+        &self.unclosed.peer
     }
 
     /// Says whom the VM is held for from now on.
     pub fn rename_holder(&self, holder: Holder) {
-        if let Some(conn) = &self.conn {
-            conn.lease().rename(holder);
-        }
+        self.conn.lease().rename(holder);
     }
 
     /// The one view through which bytes are read and written. It keeps the
@@ -165,57 +174,43 @@ impl VsockTransport {
     /// `ConnectionAborted`.
     ///
     /// # Errors
-    /// [`TransportError::NotUsable`] while another view exists.
+    /// [`TransportError::InUse`] while another view exists.
     pub fn io(&self) -> Result<TransportIo, TransportError> {
-        let view = self.conn()?.view();
-        let view = view.ok_or(TransportError::NotUsable { state: "in use" })?;
+        let view = self.conn.view().ok_or(TransportError::InUse)?;
         Ok(TransportIo { view })
     }
 
     /// A transport with a descriptor (close-on-exec) and a lease of its own on
-    /// the same connection. This one stays open.
+    /// the same connection. This one stays open. It is for who hands a connection
+    /// on and keeps it: nobody in podhull does, the contract (L2) has it.
     ///
     /// # Errors
     /// [`TransportError::Io`] if the process has no descriptor left.
     pub fn try_dup(&self) -> Result<Self, TransportError> {
-        let conn = self.conn()?;
-        let fd = conn
+        let fd = self
+            .conn
             .socket()
             .0
             .as_fd()
             .try_clone_to_owned()
             .map_err(TransportError::io("duplicate"))?;
-        Self::adopt(fd, self.peer.clone(), conn.lease().clone())
+        Self::adopt(fd, self.peer().clone(), self.conn.lease().clone())
     }
 
     /// Ends the view, waits until it is gone, then closes the descriptor and
     /// releases the VM. Not cancel safe: a cancelled close goes on as a drop.
-    pub async fn close(mut self, by: Deadline) -> CloseReport {
-        let Some(conn) = self.conn.take() else {
-            return CloseReport::default();
-        };
+    pub async fn close(self, by: Deadline) -> CloseReport {
+        let Self { conn, mut unclosed } = self;
+        unclosed.is_mistake = false;
         conn.begin_close();
         let unused = poll_fn(|cx| conn.poll_unused(cx));
         let outcome = match by.run(unused).await {
             Ok(()) => Outcome::Clean,
             // Closing the number under a reader would let it be reused: it is
             // closed when the view goes.
-            Err(_) => Outcome::Forced(format!("{}: a view is still in use", self.peer)),
+            Err(_) => Outcome::Forced(format!("{}: a view is still in use", unclosed.peer)),
         };
         CloseReport::of("transport", outcome)
-    }
-}
-
-impl Drop for VsockTransport {
-    fn drop(&mut self) {
-        if let Some(conn) = self.conn.take() {
-            conn.begin_close();
-            if self.preparing {
-                return;
-            }
-            metrics::DROPPED_UNCLOSED.inc();
-            tracing::warn!(peer = %self.peer, "transport dropped without close");
-        }
     }
 }
 
@@ -376,7 +371,7 @@ mod tests {
                 .await
                 .is_clean()
         );
-        let socket = duplicate.conn().unwrap().socket();
+        let socket = duplicate.conn.socket();
         assert!(flags(&socket.0).contains(FdFlag::FD_CLOEXEC));
         assert!(
             duplicate

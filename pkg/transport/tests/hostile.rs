@@ -36,6 +36,11 @@ async fn a_bad_guest_ends_its_own_session_with_a_named_error() {
             "frame of 2 bytes, at most 1 are allowed",
         ),
         ("unknown kind", header(77, 0, 0), "unknown frame kind 77"),
+        (
+            "reserved bytes",
+            vec![EOF, OUTPUT, 0, 1, 0, 0, 0, 0],
+            "reserved bytes [00, 01] in a frame's header",
+        ),
         ("kind 0", header(0, 0, 0), "unknown frame kind 0"),
         (
             "garbage",

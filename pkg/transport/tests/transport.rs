@@ -99,6 +99,26 @@ async fn l2_a_duplicate_works_after_its_original_closed() {
     assert!(leases.held().is_empty());
 }
 
+/// The seed of this crate was a duplicate that closed what it was made of.
+#[tokio::test]
+async fn l2_duplicating_never_closes_the_original() {
+    let leases = LeaseSet::new("vm");
+    let (transport, mut peer) = adopted(&leases);
+    let mut io = transport.io().unwrap();
+    for _ in 0..3 {
+        let duplicate = transport.try_dup().unwrap();
+        io.write_all(b"beside").await.unwrap();
+        assert!(duplicate.close(soon()).await.is_clean());
+        io.write_all(b" after").await.unwrap();
+        let mut received = [0; 12];
+        peer.read_exact(&mut received).await.unwrap();
+        assert_eq!(&received, b"beside after");
+    }
+    drop(io);
+    assert!(transport.close(soon()).await.is_clean());
+    assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+}
+
 /// A child kept a guest's connection open (kata#1950).
 #[tokio::test]
 async fn l2_descriptors_are_not_inherited_by_children() {
@@ -124,10 +144,7 @@ async fn l3_only_one_view_at_a_time() {
     let leases = LeaseSet::new("vm");
     let (transport, _peer) = adopted(&leases);
     let view = transport.io().unwrap();
-    assert!(matches!(
-        transport.io(),
-        Err(TransportError::NotUsable { state: "in use" })
-    ));
+    assert!(matches!(transport.io(), Err(TransportError::InUse)));
     drop(view);
     drop(transport.io().unwrap());
     assert!(transport.close(soon()).await.is_clean());

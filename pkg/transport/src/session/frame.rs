@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The wire format: an 8-byte header (kind, stream, two reserved bytes, payload
-//! length as u32, little-endian) and the payload.
+//! The wire format: an 8-byte header (kind, stream, two reserved bytes that are
+//! zero, payload length as u32, little-endian) and the payload.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -140,6 +140,10 @@ impl Frame {
         let (kind, stream) = (header[0], header[1]);
         let length = (&header[4..HEADER]).get_u32_le();
         let limit = limit(kind)?;
+        let reserved = [header[2], header[3]];
+        if reserved != [0, 0] {
+            return Err(ProtocolError::Reserved(reserved));
+        }
         let size = length as usize;
         if size > limit {
             let limit = u32::try_from(limit).unwrap_or(u32::MAX);

@@ -44,6 +44,18 @@ proptest! {
         prop_assert!(buffer.is_empty());
     }
 
+    /// What another version may mean by them is not guessed.
+    #[test]
+    fn reserved_bytes_in_use_are_refused_by_the_header(
+        frame in any_frame(),
+        reserved in (any::<u16>().prop_filter("zero", |bytes| *bytes != 0)).prop_map(u16::to_le_bytes),
+    ) {
+        let mut wire = BytesMut::from(&frame.encode()[..]);
+        wire[2..4].copy_from_slice(&reserved);
+        wire.truncate(HEADER);
+        prop_assert_eq!(Frame::decode(&mut wire), Err(ProtocolError::Reserved(reserved)));
+    }
+
     /// Garbage is an error or a wait for at most one frame, never a panic.
     #[test]
     fn garbage_never_panics_nor_waits_for_much(bytes in prop::collection::vec(any::<u8>(), 0..64)) {

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use podhull_transport::{
-    GuestSession, Holder, HolderKind, HostSession, LeaseSet, Peer, SessionError, SessionTarget,
-    VsockTransport, metrics, open_session, receive_session,
+    GuestSession, Holder, HolderKind, HostSession, LeaseSet, Peer, SessionTarget, VsockTransport,
+    metrics, open_session, receive_session,
 };
 use podhull_types::{ContainerId, Deadline, ProcessRef, Token, VsockPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

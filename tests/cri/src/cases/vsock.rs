@@ -161,6 +161,7 @@ async fn vsock_context_id_in_use_or_reserved_ends_qemu(t: &Context) -> Result<()
         for (cid, said) in [
             (CID, "Address already in use"),
             (2, "must be greater than 2"),
+            (1, "must be greater than 2"),
             (0, "must be greater than 2"),
         ] {
             let mut second = Guest::start(parts, cid)?;
