@@ -15,6 +15,8 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"strings"
+	"syscall"
 
 	restclient "k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
@@ -24,8 +26,9 @@ import (
 )
 
 const usage = `usage:
-  streams [-protocol spdy|websocket] [-stdin] [-tty [-size COLUMNSxROWS]] run URL
-      exec or attach: relays the standard streams, ends with the exit code
+  streams [-protocol spdy|websocket] [-stdin] [-tty [-size COLUMNSxROWS,...]] run URL
+      exec or attach: relays the standard streams, ends with the exit code; the
+      terminal has the next of the sizes with each SIGWINCH
   streams forward URL PORT
       listens on a local port that is printed, forwards until standard input ends`
 
@@ -39,7 +42,7 @@ func main() {
 	protocol := flag.String("protocol", "spdy", "spdy or websocket")
 	stdin := flag.Bool("stdin", false, "send standard input")
 	tty := flag.Bool("tty", false, "the process has a terminal")
-	size := flag.String("size", "", "the terminal's, columns x rows")
+	size := flag.String("size", "", "the terminal's, columns x rows, and those that follow")
 	flag.Usage = func() { fmt.Fprintln(os.Stderr, usage) }
 	flag.Parse()
 	var err error
@@ -62,13 +65,35 @@ func main() {
 	}
 }
 
-// once is a terminal that has one size for ever.
-type once struct{ size *remotecommand.TerminalSize }
+// sizes is a terminal that has the next of them with each SIGWINCH.
+type sizes struct {
+	rest    []remotecommand.TerminalSize
+	changed chan os.Signal
+}
 
-func (o *once) Next() *remotecommand.TerminalSize {
-	size := o.size
-	o.size = nil
-	return size
+func terminal(list string) (*sizes, error) {
+	terminal := &sizes{changed: make(chan os.Signal, 1)}
+	for _, size := range strings.Split(list, ",") {
+		var of remotecommand.TerminalSize
+		if _, err := fmt.Sscanf(size, "%dx%d", &of.Width, &of.Height); err != nil {
+			return nil, err
+		}
+		terminal.rest = append(terminal.rest, of)
+	}
+	// The first one is there from the begin.
+	terminal.changed <- syscall.SIGWINCH
+	signal.Notify(terminal.changed, syscall.SIGWINCH)
+	return terminal, nil
+}
+
+func (s *sizes) Next() *remotecommand.TerminalSize {
+	if len(s.rest) == 0 {
+		return nil
+	}
+	<-s.changed
+	size := s.rest[0]
+	s.rest = s.rest[1:]
+	return &size
 }
 
 func run(protocol, address string, stdin, tty bool, size string) error {
@@ -99,11 +124,11 @@ func run(protocol, address string, stdin, tty bool, size string) error {
 		options.Stderr = os.Stderr
 	}
 	if size != "" {
-		var of remotecommand.TerminalSize
-		if _, err := fmt.Sscanf(size, "%dx%d", &of.Width, &of.Height); err != nil {
+		terminal, err := terminal(size)
+		if err != nil {
 			return err
 		}
-		options.TerminalSizeQueue = &once{size: &of}
+		options.TerminalSizeQueue = terminal
 	}
 	context, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()

@@ -24,6 +24,7 @@ mod oracle;
 mod pod;
 mod port_cut;
 mod port_forward;
+mod port_websocket;
 mod process;
 mod reader;
 mod refusal;
@@ -37,6 +38,7 @@ mod stranger_inside;
 mod stream_attach;
 mod stream_ends;
 mod stream_exec;
+mod stream_frozen;
 mod stream_load;
 mod task;
 mod vsock;
@@ -69,9 +71,11 @@ pub(crate) fn all() -> Vec<Case> {
         stream_attach::cases(),
         port_forward::cases(),
         port_cut::cases(),
+        port_websocket::cases(),
         stranger::cases(),
         stranger_inside::cases(),
         stream_load::cases(),
+        stream_frozen::cases(),
         event::cases(),
         refusal::cases(),
         garbled::cases(),

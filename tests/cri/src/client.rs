@@ -23,6 +23,8 @@ pub(crate) struct Options {
     pub(crate) stdin: bool,
     /// A terminal of this size, columns first.
     pub(crate) tty: Option<(u16, u16)>,
+    /// The terminal's size after a SIGWINCH of the client's.
+    pub(crate) resized: Option<(u16, u16)>,
 }
 
 /// Standard input, and nothing else, over SPDY.
@@ -30,6 +32,7 @@ pub(crate) const STDIN: Options = Options {
     websocket: false,
     stdin: true,
     tty: None,
+    resized: None,
 };
 
 /// What came of a session.
@@ -82,8 +85,12 @@ fn run(t: &Context, options: Options, url: &str) -> Command {
     if options.stdin {
         command.arg("-stdin");
     }
-    if let Some((columns, rows)) = options.tty {
-        command.args(["-tty", "-size", &format!("{columns}x{rows}")]);
+    if options.tty.is_some() {
+        let sizes = [options.tty, options.resized].into_iter().flatten();
+        let sizes: Vec<_> = sizes
+            .map(|(columns, rows)| format!("{columns}x{rows}"))
+            .collect();
+        command.args(["-tty", "-size", &sizes.join(",")]);
     }
     command
         .args(["run", url])

@@ -85,6 +85,56 @@ fn any_more<N: PartialOrd + Default>(
         .any(|(name, count)| count > then.get(name).unwrap_or(&none))
 }
 
+/// What the agent of a shim's guest holds: descriptors, tasks, leases.
+#[derive(Debug, Clone)]
+pub(crate) struct InGuest(BTreeMap<String, i64>);
+
+impl InGuest {
+    /// As the agent says after this was asked for: not with the next heartbeat, which
+    /// may be under way, but with the one after it.
+    pub(crate) async fn now(shim: u32) -> Result<Self> {
+        let folder = run_folder(shim)?;
+        let wanted = beats(&metrics(&folder).await?)? + 2;
+        let by = Instant::now() + WITHIN;
+        while beats(&metrics(&folder).await?)? < wanted {
+            ensure!(Instant::now() < by, "there is no heartbeat");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        // A beat is counted right before what it says is noted.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let text = metrics(&folder).await?;
+        let mut held = BTreeMap::new();
+        for line in text.lines() {
+            if let Some(said) = line.strip_prefix("podhull_guest_holds") {
+                let (what, number) = said.rsplit_once(' ').context("a metric")?;
+                held.insert(what.to_owned(), number.parse().context(line.to_owned())?);
+            }
+        }
+        ensure!(held.len() == 3, "the agent says {held:?}");
+        Ok(Self(held))
+    }
+
+    /// Waits until it holds no more than this again.
+    pub(crate) async fn again(&self, shim: u32) -> Result<()> {
+        let by = Instant::now() + WITHIN;
+        loop {
+            let now = Self::now(shim).await?;
+            if !any_more(&now.0, &self.0) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");
+        }
+    }
+}
+
+/// How many heartbeats were answered.
+fn beats(metrics: &str) -> Result<u64> {
+    let name = "podhull_agent_rpc_duration_seconds_count{method=\"Ping\",result=\"ok\"} ";
+    let mut lines = metrics.lines();
+    let number = lines.find_map(|line| line.strip_prefix(name));
+    number.map_or(Ok(0), |number| Ok(number.parse()?))
+}
+
 /// The run folder of a shim.
 pub(crate) fn run_folder(shim: u32) -> Result<PathBuf> {
     for folder in fs::read_dir("/run/podhull").context("podhull's run folder")? {
@@ -118,10 +168,11 @@ async fn gauges(shim: u32) -> Result<BTreeMap<String, i64>> {
     let (mut found, mut gauge) = (BTreeMap::new(), "");
     for line in text.lines() {
         if let Some(kind) = line.strip_prefix("# TYPE ") {
-            // An age grows with nothing else.
+            // An age grows with nothing else, and what the guest holds is of its last
+            // heartbeat.
             let counts = kind.strip_suffix(" gauge");
             gauge = counts
-                .filter(|name| !name.ends_with("_seconds"))
+                .filter(|name| !name.ends_with("_seconds") && !name.contains("_guest_"))
                 .unwrap_or_default();
         } else if !gauge.is_empty() && line.starts_with(gauge) {
             let (name, value) = line.rsplit_once(' ').context("a metric")?;

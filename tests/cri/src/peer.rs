@@ -206,6 +206,12 @@ impl WebSocket {
         Ok(true)
     }
 
+    /// Leaves, as a client does whose user ends it.
+    pub(crate) async fn close(mut self) -> Result<()> {
+        let closed = tokio::time::timeout(WITHIN, self.socket.close(None)).await;
+        Ok(closed.context("the close hangs")??)
+    }
+
     /// What came so far.
     pub(crate) fn port(&self, index: usize) -> Result<&Port> {
         self.ports.get(index).context("no such port")

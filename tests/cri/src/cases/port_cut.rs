@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Forwarded connections that are reset with bytes on their way, and many ports
-//! over one WebSocket.
+//! Forwarded connections that are reset with bytes on their way.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
@@ -13,40 +12,15 @@ use tokio::net::TcpStream;
 
 use crate::case::{cases, same};
 use crate::context::Context;
-use crate::peer::{SIZE, Spdy, WebSocket, numbers, rest, rest_to_reset, serve, sum};
+use crate::peer::{SIZE, Spdy, numbers, rest, rest_to_reset, serve, sum};
 
 cases! {
     ALL_TWICE:
-        forward_of_many_ports_over_one_websocket,
         forward_reset_with_bytes_on_their_way_cuts_only_those;
 }
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const WITHIN: Duration = Duration::from_secs(20);
-
-async fn forward_of_many_ports_over_one_websocket(t: &Context) -> Result<()> {
-    const PORTS: [u16; 9] = [8001, 8002, 8003, 8004, 8005, 8006, 8007, 8008, 8009];
-    let pod = t.ready_pod().await?;
-    let servers = PORTS.map(|port| format!("echo=127.0.0.1:{port}"));
-    serve(t, &pod, "server", &servers.each_ref().map(String::as_str)).await?;
-    let mut socket = WebSocket::forward(t, &pod, &PORTS).await?;
-    // Each has its own bytes, all of them at once.
-    let all = numbers(20_000 + 4 * PORTS.len());
-    let own = |index: usize| &all[4 * index..4 * index + 20_000];
-    for index in 0..PORTS.len() {
-        socket.send(u8::try_from(index)?, own(index)).await?;
-    }
-    let whole = socket
-        .until(|ports| ports.iter().all(|port| port.data.len() >= 20_000))
-        .await?;
-    ensure!(whole, "ended early");
-    for index in 0..PORTS.len() {
-        let port = socket.port(index)?;
-        ensure!(port.data == own(index), "the bytes of port {index} differ");
-        same!(String::from_utf8_lossy(&port.error), "");
-    }
-    Ok(())
-}
 
 /// Reads what has come so far, and makes the server go on.
 async fn read_some(stream: &mut TcpStream, count: usize) -> Result<Vec<u8>> {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
+use nix::sys::signal::Signal;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 
@@ -14,6 +15,7 @@ use crate::client::{FAILED, Options, STDIN, done, exec, exec_with};
 use crate::context::{Context, heavy};
 use crate::peer::{numbers, sum};
 use crate::probe::{PROBE, with_probe};
+use crate::procfs::signal;
 use crate::stream::Session;
 
 cases! {
@@ -77,14 +79,22 @@ async fn exec_by_kubernetes_client_works(t: &Context) -> Result<()> {
 
         let tty = Options {
             tty: Some((132, 43)),
+            resized: Some((90, 30)),
             ..stdin
         };
-        let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.1; done; \
+        let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.1; done; echo sized; \
+            until [ \"$(stty size)\" = '30 90' ]; do sleep 0.1; done; \
             test -t 0 && test -t 2 && read line && echo $line on a terminal; exit 5";
         let command = ["sh", "-c", script];
         let mut child = exec(t, &container, tty, &command).await?.spawn()?;
         // containerd takes the end of input for leaving where there is a terminal.
         let mut input = child.stdin.take().context("stdin")?;
+        let mut sized = [0; 7];
+        let output = child.stdout.as_mut().context("stdout")?;
+        let read = tokio::time::timeout(WITHIN, output.read_exact(&mut sized)).await;
+        read.context("the terminal has not the size it began with")??;
+        same!(String::from_utf8_lossy(&sized), "sized\r\n");
+        signal(child.id().context("the client has ended")?, Signal::SIGWINCH)?;
         input.write_all(b"line\n").await?;
         let done = done(child).await?;
         drop(input);

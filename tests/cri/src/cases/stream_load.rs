@@ -1,44 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Many streams of a pod at once: what is left of them, and what becomes of
-//! them when the pod is stopped or its VM stands still.
+//! them when the pod is stopped.
 
-use std::fs;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
-use nix::sys::signal::Signal;
-use podhull_testkit::containerd::podhull_config;
 use podhull_testkit::cri::{Container, Pod};
 use podhull_testkit::pod_netns;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::node::CONFIG;
-use crate::case::{cases, contains, same};
-use crate::context::{Context, heavy, refusal};
-use crate::held::Held;
+use crate::case::{cases, same};
+use crate::context::{Context, heavy};
+use crate::held::{Held, InGuest};
 use crate::peer::{SIZE, Spdy, echoes, numbers, rest, serve};
-use crate::procfs::{self, Processes, Role, signal};
+use crate::procfs::{self, Processes, Role};
 use crate::stream::Session;
 
 cases! {
     ALL_TWICE:
         load_stopped_pod_ends_every_stream_in_order;
-    // What is counted are podhull's own descriptors and threads, and only its
-    // pods have a VM that can stand still.
+    // What is counted are podhull's own descriptors and threads.
     PODHULL_TWICE:
         load_that_has_ended_leaves_the_shim_as_it_was;
     PODHULL_ONCE:
-        load_of_hundreds_of_execs_leaves_the_shim_as_it_was,
-        load_on_a_frozen_guest_goes_on_after_it;
+        load_of_hundreds_of_execs_leaves_the_shim_as_it_was;
 }
 
 const EXECS: usize = 5;
 const ATTACHES: usize = 2;
 const FORWARDS: usize = 5;
-const PORT: u16 = 8001;
+pub(super) const PORT: u16 = 8001;
 /// Sends [`SIZE`] bytes and ends.
 const SOURCE: u16 = 8002;
 const WITHIN: Duration = Duration::from_secs(20);
@@ -78,7 +72,7 @@ fn contiguous(bytes: &[u8], from_the_first: bool) -> Result<u64> {
 
 /// A pod with a container that counts, and one with servers for what is
 /// forwarded.
-async fn busy_pod(t: &Context) -> Result<(Pod, Container, Container)> {
+pub(super) async fn busy_pod(t: &Context) -> Result<(Pod, Container, Container)> {
     let pod = t.ready_pod().await?;
     let server = serve(
         t,
@@ -308,10 +302,12 @@ async fn load_that_has_ended_leaves_the_shim_as_it_was(t: &Context) -> Result<()
     // The first makes what stays: threads of the pool, connections.
     round(t, &pod, &container).await?;
     let before = Held::at_rest(shim).await?;
+    let inside = InGuest::now(shim).await?;
     for _ in 0..3 {
         round(t, &pod, &container).await?;
     }
-    before.again(shim).await
+    before.again(shim).await?;
+    inside.again(shim).await
 }
 
 fn resident_kib(pid: u32) -> Result<u64> {
@@ -351,6 +347,7 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
     }
     some(20).await?;
     let (before, resident) = (Held::at_rest(shim).await?, resident_kib(shim)?);
+    let inside = InGuest::now(shim).await?;
     some(many).await?;
     at_once().await?;
     before.again(shim).await?;
@@ -359,67 +356,5 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
         now <= resident + GROWTH_KIB,
         "{resident} KiB were resident, now {now}"
     );
-    Ok(())
-}
-
-async fn load_on_a_frozen_guest_goes_on_after_it(t: &Context) -> Result<()> {
-    let (beat, frozen) = if heavy() { (5, 30) } else { (2, 7) };
-    let config = podhull_config(t.node().programs());
-    let text = format!("{config}heartbeat_seconds = {beat}\n");
-    fs::write(CONFIG, text).context("write podhull's configuration")?;
-    let (pod, container, _server) = busy_pod(t).await?;
-    let vmm = Processes::of(pod.id())?.pid(Role::Vmm)?;
-    let mut exec = Session::exec(
-        &container,
-        &["sh", "-c", "while read word; do echo $word; done; exit 3"],
-        false,
-    )
-    .await?;
-    let mut attached = Session::attach(&container, false).await?;
-    let spdy = Spdy::forward(t, &pod, PORT).await?;
-    let mut forwarded = spdy.connect().await?;
-    attached.ask("attached\n", "attached\n").await?;
-    let mut all = async |word: &str| {
-        exec.send(&format!("{word}\n")).await?;
-        attached.send(&format!("{word}\n")).await?;
-        exec.wrote(&format!("{word}\n")).await?;
-        attached.wrote(&format!("{word}\n")).await?;
-        echoes(&mut forwarded, &numbers(50_000)).await
-    };
-    all("before").await?;
-    signal(vmm, Signal::SIGSTOP)?;
-    let begin = Instant::now();
-    // Their words wait; whoever comes new is told at once.
-    let waiting = all("meanwhile");
-    let new = async {
-        // A beat is due, and then missed.
-        tokio::time::sleep(Duration::from_secs(2 * beat + 1)).await;
-        let asked = Instant::now();
-        let text = refusal(container.exec(["true"]).await, "an exec in a frozen guest")?;
-        let took = asked.elapsed();
-        contains!(&text, "heartbeat");
-        ensure!(took < Duration::from_secs(1), "told only after {took:?}");
-        let left = Duration::from_secs(frozen).saturating_sub(begin.elapsed());
-        tokio::time::sleep(left).await;
-        signal(vmm, Signal::SIGCONT)
-    };
-    tokio::try_join!(waiting, new)?;
-    all("after").await?;
-    ensure!(pod.is_ready().await?, "the pod was given up");
-    same!(
-        String::from_utf8_lossy(&exec.stdout),
-        "before\nmeanwhile\nafter\n"
-    );
-    let text = String::from_utf8_lossy(&attached.stdout).into_owned();
-    same!(
-        text.trim_start_matches("attached\n"),
-        "before\nmeanwhile\nafter\n"
-    );
-    // It is no longer suspect.
-    let by = Instant::now() + WITHIN;
-    while container.exec(["true"]).await.is_err() {
-        ensure!(Instant::now() < by, "it is still suspect");
-    }
-    same!(spdy.end().await?, "", "what the forwarding client says");
-    Ok(())
+    inside.again(shim).await
 }
