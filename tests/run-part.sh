@@ -5,6 +5,7 @@
 #   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
 #   heavy          cases of the CRI suite that move or do more than usual: 1 GiB, 1,000 execs, a guest frozen for 30 s
 #   kvm-smoke      a few cases of the next part: a stage of `make test`
+#   miri           what holds bytes without a socket, under Miri: the codec and the buffers; needs its nightly
 #   kvm            the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
 # SPDX-License-Identifier: Apache-2.0
 . "$(dirname "$0")/setup/lib.sh"
@@ -37,6 +38,13 @@ kvm() {
   VSOCK_TESTS=$tests tests/kvm/lane.sh "$@"
 }
 
+# A proptest has few cases here: each takes a second or more.
+miri() {
+  cargo +nightly miri --version >/dev/null 2>&1 || die "rustup component add miri rust-src --toolchain nightly"
+  PROPTEST_CASES=8 MIRIFLAGS=-Zmiri-disable-isolation \
+    cargo +nightly miri test --quiet --locked -p podhull-transport --lib -- session::frame_tests session::buffer
+}
+
 part() {
   case $1 in
     mutations) make -s tools streams guest shim && cargo build --quiet --release --locked -p podhull-cri-tests && tests/mutations/run.sh ;;
@@ -48,8 +56,9 @@ part() {
         --handler podhull-sandbox exec_much_both_ways load_of_hundreds load_on_a_frozen ;;
     kvm) kvm ;;
     kvm-smoke) kvm --smoke ;;
+    miri) miri ;;
     all) part mutations && part reproducible && part debian-kernel && part heavy && part kvm ;;
-    *) die "PART=$1: expected mutations, reproducible, debian-kernel, heavy, kvm, kvm-smoke or all" ;;
+    *) die "PART=$1: expected mutations, reproducible, debian-kernel, heavy, kvm, kvm-smoke, miri or all" ;;
   esac
 }
 part "$1"

@@ -63,6 +63,7 @@ async fn exec_terminal_of_a_missing_command_fails_at_once(t: &Context) -> Result
             websocket,
             stdin: true,
             tty: Some((80, 24)),
+            ..Options::default()
         };
         for (command, says) in [
             ("no-such-command", "executable file not found in $path"),

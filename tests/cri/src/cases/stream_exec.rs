@@ -94,7 +94,10 @@ async fn exec_by_kubernetes_client_works(t: &Context) -> Result<()> {
         let read = tokio::time::timeout(WITHIN, output.read_exact(&mut sized)).await;
         read.context("the terminal has not the size it began with")??;
         same!(String::from_utf8_lossy(&sized), "sized\r\n");
-        signal(child.id().context("the client has ended")?, Signal::SIGWINCH)?;
+        signal(
+            child.id().context("the client has ended")?,
+            Signal::SIGWINCH,
+        )?;
         input.write_all(b"line\n").await?;
         let done = done(child).await?;
         drop(input);
