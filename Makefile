@@ -55,7 +55,7 @@ test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6, 2.
 	@$(RELEASE)/podhull-cri-tests --containerd $(or $(CONTAINERD),all) $(FILTER)
 
 .PHONY: test-all
-test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, heavy, kvm-smoke, kvm
+test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, heavy, kvm-smoke, kvm, miri
 	@tests/run-part.sh $(or $(PART),all)
 
 .PHONY: bench-quick
