@@ -9,12 +9,16 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 use podhull_api::agent::{IoStat, StatsResponse};
 use podhull_types::{ContainerId, Deadline};
 
 use crate::error::GuestError;
 use crate::sys;
+
+mod limits;
+
+use limits::Write;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Our branch, as an OCI `cgroupsPath`.
@@ -75,7 +79,7 @@ impl Cgroup {
         fs::read_to_string(self.0.join(name))
     }
 
-    fn write(&self, name: &'static str, value: &str) -> Result<(), GuestError> {
+    fn write(&self, name: &str, value: &str) -> Result<(), GuestError> {
         let path = self.0.join(name);
         fs::write(&path, value).map_err(GuestError::file("write", path))
     }
@@ -134,41 +138,22 @@ impl Cgroup {
 
     /// Applies new limits; what `resources` leaves out stays.
     pub(crate) fn update(&self, resources: &LinuxResources) -> Result<(), GuestError> {
-        let limit = |value: i64| {
-            if value < 0 {
-                "max".to_owned()
-            } else {
-                value.to_string()
-            }
-        };
-        if let Some(memory) = resources.memory() {
-            // Lowering swap's limit below memory's needs an order; there is no swap.
-            if let Some(bytes) = memory.limit() {
-                self.write("memory.max", &limit(bytes))?;
-            }
-            if let Some(bytes) = memory.reservation() {
-                self.write("memory.low", &limit(bytes))?;
+        let memory = resources.memory().as_ref();
+        let limit = memory.and_then(LinuxMemory::limit);
+        if let (Some(limit), Some(true)) = (
+            limit.and_then(|bytes| u64::try_from(bytes).ok()),
+            memory.and_then(LinuxMemory::check_before_update),
+        ) {
+            let used = self.number("memory.current");
+            if used > limit {
+                return Err(GuestError::Invalid {
+                    field: "linux.resources.memory.limit",
+                    reason: format!("{limit} is below the {used} bytes that are in use"),
+                });
             }
         }
-        if let Some(cpu) = resources.cpu() {
-            if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
-                self.write("cpu.weight", &weight(shares).to_string())?;
-            }
-            if cpu.quota().is_some() || cpu.period().is_some() {
-                let quota = cpu.quota().filter(|quota| *quota > 0);
-                let quota = quota.map_or_else(|| "max".to_owned(), |quota| quota.to_string());
-                let period = cpu
-                    .period()
-                    .filter(|period| *period != 0)
-                    .unwrap_or(100_000);
-                self.write("cpu.max", &format!("{quota} {period}"))?;
-            }
-            if let Some(cpus) = cpu.cpus().as_ref().filter(|cpus| !cpus.is_empty()) {
-                self.write("cpuset.cpus", cpus)?;
-            }
-        }
-        if let Some(pids) = resources.pids() {
-            self.write("pids.max", &limit(pids.limit()))?;
+        for Write { file, value } in limits::writes(resources)? {
+            self.write(&file, &value)?;
         }
         Ok(())
     }
@@ -215,27 +200,6 @@ fn signal_all(list: impl Fn() -> Vec<u32>, signal: i32) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// cgroup v1 CPU shares as a v2 weight: the curve through minimum, default and
-/// maximum that runc (since 1.3.2), crun and libcontainer share.
-fn weight(shares: u64) -> u64 {
-    match shares {
-        0..=2 => 1,
-        262_144.. => 10_000,
-        _ => {
-            // 2^18 at most: exact in a float.
-            let log = f64::from(u32::try_from(shares).unwrap_or(u32::MAX)).log2();
-            let weight = 10_f64.powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0);
-            #[expect(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                reason = "the curve lies between 1 and 10000"
-            )]
-            let weight = weight.ceil() as u64;
-            weight
-        }
-    }
 }
 
 /// A flat keyed file: `key value` lines.
@@ -310,14 +274,6 @@ mod tests {
         drop(stranger.stdin.take());
         assert_eq!(io::read_to_string(stranger_said).unwrap(), "end\n");
         let _ = (member.wait(), stranger.wait());
-    }
-
-    #[test]
-    fn shares_become_weights_as_with_runc() {
-        assert_eq!(
-            [0, 2, 512, 1024, 262_144].map(weight),
-            [1, 1, 59, 100, 10_000]
-        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::exec::{exec_id, wire_stdio};
 use crate::process::Process;
 use crate::sandbox::Sandbox;
 use crate::spec::{ContainerSpec, Status};
-use crate::translate::{GuestSpec, translate};
+use crate::translate::{GuestSpec, check_fields, translate};
 
 /// What is kept of a delete's time for what comes after the last output.
 const AFTER_DRAIN: Duration = Duration::from_secs(3);
@@ -168,7 +168,7 @@ impl Sandbox {
     /// Changes a container's limits.
     ///
     /// # Errors
-    /// If the guest cannot apply them.
+    /// If podhull cannot apply one of them, by its field's name, or the guest cannot.
     pub async fn update(
         &self,
         container: &ContainerId,
@@ -178,6 +178,7 @@ impl Sandbox {
         if process.pause {
             return Ok(());
         }
+        check_fields(resources, "linux.resources")?;
         let resources_json =
             serde_json::to_vec(resources).map_err(|source| SandboxError::Encode {
                 what: "resources",

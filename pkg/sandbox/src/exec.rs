@@ -15,6 +15,7 @@ use crate::process::Process;
 use crate::sandbox::Sandbox;
 use crate::spec::{Status, Stdio};
 use crate::stdio::{Fifos, ProcessIo};
+use crate::translate::check_fields;
 
 /// SIGKILL and SIGTERM: what stops a pause task.
 const FATAL: [u32; 2] = [9, 15];
@@ -40,7 +41,8 @@ impl Sandbox {
     /// Prepares an added process; it runs at [`start`](Self::start).
     ///
     /// # Errors
-    /// If its container does not run, or its id is taken.
+    /// If its container does not run, its id is taken, or podhull cannot do what a
+    /// field asks for.
     pub async fn create_exec(
         self: &Arc<Self>,
         id: ProcessRef,
@@ -48,6 +50,7 @@ impl Sandbox {
         stdio: Stdio,
     ) -> Result<(), SandboxError> {
         self.check_usable()?;
+        check_fields(&spec, "process")?;
         let container = self.process(&ProcessRef::init(id.container.clone()))?;
         container.expect(&[Status::Running], "running")?;
         if container.pause {

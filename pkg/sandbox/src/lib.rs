@@ -16,6 +16,7 @@ pub mod cleanup;
 mod container;
 pub mod error;
 mod exec;
+pub mod fields;
 #[cfg(test)]
 mod fixture;
 mod forward;
@@ -41,3 +42,4 @@ pub use spec::{
     ContainerSpec, Deleted, EventSink, PodFiles, ProcessState, Runtime, SandboxEvent, SandboxSpec,
     Status, Stdio,
 };
+pub use translate::OCI_FIELDS;

@@ -11,9 +11,15 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use podhull_api::agent;
 use podhull_storage::{GuestPath, Propagation, SharedTree, Volume};
 use podhull_types::{ContainerId, SandboxId};
+use serde::Serialize;
 
 use crate::error::SandboxError;
+use crate::fields;
 use crate::spec::{ContainerSpec, PodFiles, SandboxSpec};
+
+mod oci_fields;
+
+pub use oci_fields::OCI_FIELDS;
 
 /// Where the guest sees the shared tree.
 const SHARE: &str = "/run/podhull/share";
@@ -57,9 +63,8 @@ pub(crate) fn translate(
     targets: &[(u32, Option<ContainerId>)],
 ) -> Result<GuestSpec, SandboxError> {
     let mut oci = container.oci.clone();
-    refuse_host_devices(&oci)?;
-    refuse_user_namespace(&oci)?;
-    refuse_hooks(&oci)?;
+    refuse_namespaces(&oci)?;
+    check_fields(&oci, "")?;
     let pid_namespace = pid_namespace(&oci, targets)?;
     strip_host(&mut oci);
     let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
@@ -85,55 +90,30 @@ fn in_share(path: &GuestPath) -> String {
         .into_owned()
 }
 
-fn refuse_host_devices(oci: &Spec) -> Result<(), SandboxError> {
-    let devices = oci
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.devices().as_ref());
-    let Some(device) = devices.and_then(|devices| devices.first()) else {
-        return Ok(());
-    };
-    Err(SandboxError::refused(
-        "linux.devices",
-        format!(
-            "host device {} cannot be given to a VM; for privileged pods set \
-             privileged_without_host_devices in containerd's runtime handler",
-            device.path().display()
-        ),
-    ))
+/// Refuses what no guest can have, by the field's name. `part` is a specification,
+/// or the part of one with that name.
+pub(crate) fn check_fields(part: &impl Serialize, name: &str) -> Result<(), SandboxError> {
+    let fields = serde_json::to_value(part)
+        .map_err(|error| SandboxError::refused(name, error.to_string()))?;
+    fields::check(&fields, name, OCI_FIELDS)
 }
 
-fn refuse_user_namespace(oci: &Spec) -> Result<(), SandboxError> {
+fn refuse_namespaces(oci: &Spec) -> Result<(), SandboxError> {
     let linux = oci.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
-    let asked = namespaces
-        .into_iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    if asked {
-        return Err(SandboxError::no_user_namespaces());
+    for namespace in namespaces.into_iter().flatten() {
+        match namespace.typ() {
+            LinuxNamespaceType::User => return Err(SandboxError::no_user_namespaces()),
+            LinuxNamespaceType::Time => {
+                return Err(SandboxError::refused(
+                    "linux.namespaces[time]",
+                    "time namespaces are not supported",
+                ));
+            }
+            _ => {}
+        }
     }
     Ok(())
-}
-
-/// Hooks are programs of the host for the host's runtime.
-fn refuse_hooks(oci: &Spec) -> Result<(), SandboxError> {
-    let Some(hooks) = oci.hooks() else {
-        return Ok(());
-    };
-    let kinds = [
-        hooks.prestart(),
-        hooks.create_runtime(),
-        hooks.create_container(),
-        hooks.start_container(),
-        hooks.poststart(),
-        hooks.poststop(),
-    ];
-    if kinds.into_iter().flatten().flatten().next().is_none() {
-        return Ok(());
-    }
-    let reason = "OCI hooks run programs of the host, which a guest does not have";
-    Err(SandboxError::refused("hooks", reason))
 }
 
 /// Mounts of the pod's files that containerd leaves out where the shim makes
@@ -238,8 +218,11 @@ fn strip_host(oci: &mut Spec) {
             .collect();
         linux.set_namespaces(Some(own));
         linux.set_cgroups_path(None);
-        linux.set_intel_rdt(None);
         linux.set_mount_label(None);
+        if let Some(resources) = linux.resources_mut() {
+            // All are zero: what asks for some was refused.
+            resources.set_hugepage_limits(None);
+        }
         // Said of the host's mounts; what the guest shows of them follows by
         // itself.
         linux.set_rootfs_propagation(None);

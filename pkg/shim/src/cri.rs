@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use k8s_cri::v1::{DnsConfig, NamespaceMode, PodSandboxConfig};
-use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec};
+use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec, fields};
 use podhull_types::SandboxId;
 use prost::Message;
 
 use crate::bundle::{refuse_host, vcpus};
+use crate::cri_fields::POD_FIELDS;
 use crate::error::ShimError;
 
 /// How containerd calls the type in an Any.
@@ -41,6 +42,9 @@ pub(crate) fn sandbox_spec(
     netns: &str,
     started: Instant,
 ) -> Result<SandboxSpec, ShimError> {
+    let fields = serde_json::to_value(config)
+        .map_err(|error| SandboxError::refused("options", error.to_string()))?;
+    fields::check(&fields, "", POD_FIELDS)?;
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     let modes = security.namespace_options.unwrap_or_default();

@@ -20,8 +20,11 @@ mod bundle;
 mod called;
 mod connections;
 mod cri;
+mod cri_fields;
 pub mod delete;
 mod error;
+#[cfg(test)]
+mod fixture;
 mod identity;
 pub mod info;
 mod metrics;

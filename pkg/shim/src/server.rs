@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `serve`: the process of one pod, from its start to its end.
 
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -19,7 +20,7 @@ use podhull_telemetry::{Metrics, log};
 use podhull_types::{Deadline, SandboxId, chain};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::task::TaskTracker;
-use ttrpc::r#async::Server;
+use ttrpc::r#async::{Server, Service};
 
 use crate::args::Args;
 use crate::bootstrap::{SERVES, TTRPC_ADDRESS};
@@ -201,16 +202,23 @@ fn server(
 ) -> Result<Server, ShimError> {
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(ShimError::system("watch the socket"))?;
+    let mut server = Server::new().add_listener(connections::accept(listener, open));
+    for service in services(shim) {
+        server = server.register_service(service);
+    }
+    Ok(server)
+}
+
+/// What containerd may call, by the services' names.
+fn services(shim: &Arc<Shim>) -> [HashMap<String, Service>; 3] {
     let task = TaskService(Arc::clone(shim));
     let mut v2 = create_task(Arc::new(task.clone()));
     if let Some(methods) = v2.remove(TASK_V3) {
         v2.insert(TASK_V2.to_owned(), methods);
     }
-    Ok(Server::new()
-        .add_listener(connections::accept(listener, open))
-        .register_service(create_task(Arc::new(task)))
-        .register_service(v2)
-        .register_service(create_sandbox(Arc::new(SandboxService(Arc::clone(shim))))))
+    let v3 = create_task(Arc::new(task));
+    let sandbox = create_sandbox(Arc::new(SandboxService(Arc::clone(shim))));
+    [v2, v3, sandbox]
 }
 
 /// Resolves if containerd made the process and then forgot it.
@@ -220,5 +228,55 @@ async fn unused(shim: &Shim) {
         if !shim.is_used() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use ttrpc::Code;
+    use ttrpc::r#async::Client;
+
+    use super::*;
+    use crate::fixture;
+
+    /// A generated trait answers NotFound for each method that is left out, with
+    /// these words.
+    const LEFT_OUT: &str = "is not supported";
+
+    #[tokio::test]
+    async fn no_method_of_a_service_is_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let shim = fixture::shim(folder.path());
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut server = server(&shim, listener, TaskTracker::new()).unwrap();
+        server.start().await.unwrap();
+        let client = Client::connect(&format!("unix://{}", path.display())).await;
+        let client = client.unwrap();
+
+        let mut called = BTreeSet::new();
+        for (service, methods) in services(&shim).into_iter().flatten() {
+            for method in methods.methods.into_keys() {
+                let request = ttrpc::Request {
+                    service: service.clone(),
+                    method: method.clone(),
+                    timeout_nano: 5_000_000_000,
+                    ..ttrpc::Request::default()
+                };
+                let answer = client.request(request).await;
+                if let Err(ttrpc::Error::RpcStatus(status)) = answer {
+                    let left_out = status.message().contains(LEFT_OUT);
+                    assert!(!left_out, "{service}/{method}: {}", status.message());
+                    assert_ne!(status.code(), Code::UNKNOWN, "{service}/{method}");
+                }
+                called.insert(format!("{service}/{method}"));
+            }
+        }
+        // Task twice (v2 and v3 have the same methods), Sandbox once.
+        assert_eq!(called.len(), 2 * 17 + 9, "{called:?}");
+        server.shutdown().await.unwrap();
     }
 }

@@ -247,29 +247,10 @@ fn forward(shim: &Arc<Shim>) -> EventSink {
 mod tests {
     use std::time::Duration;
 
-    use podhull_config::Config;
     use podhull_sandbox::PodFiles;
-    use podhull_telemetry::Metrics;
 
     use super::*;
-
-    fn shim(run_dir: &std::path::Path) -> Arc<Shim> {
-        let runtime = Runtime {
-            config: Config {
-                run_dir: run_dir.into(),
-                ..Config::default()
-            },
-            helper: "/nonexistent".into(),
-            metrics: Metrics::new().unwrap(),
-        };
-        Shim::new(
-            "k8s.io".into(),
-            SandboxId::new("s1").unwrap(),
-            Arc::new(runtime),
-            Arc::new(Publisher::start("k8s.io", "")),
-            Instant::now(),
-        )
-    }
+    use crate::fixture::shim;
 
     fn spec() -> SandboxSpec {
         SandboxSpec {

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Every field by which the CRI describes a pod and a Linux container, and what
+//! becomes of it. Names are those of the CRI's .proto.
+//!
+//! A shim sees a pod's fields only where it makes sandboxes itself, and checks them
+//! there ([`crate::cri`]); elsewhere, and always for containers, containerd turns
+//! them into an OCI specification, whose fields podhull checks.
+
+use podhull_sandbox::fields::Field;
+use podhull_sandbox::fields::Verdict::{Honoured, NoMeaning, Refused};
+
+const NO_PAUSE: &str = "it is said of the pause container, which a VM does not need";
+const LSM: &str = "a guest's kernel has no such security module; the VM is the boundary";
+const OF_THE_POD: &str = "the kubelet sets it on the pod's cgroup, in which the VM is";
+const NOT_LINUX: &str = "a pod's guest runs Linux";
+const HUGE: &str = "a guest's memory has no huge pages of its own";
+
+/// A pod sandbox's fields.
+pub(crate) const POD_FIELDS: &[Field] = &[
+    ("metadata", Honoured),
+    ("hostname", Honoured),
+    ("log_directory", Honoured),
+    ("dns_config", Honoured),
+    ("port_mappings", Honoured),
+    ("labels", Honoured),
+    ("annotations", Honoured),
+    ("linux.cgroup_parent", Honoured),
+    ("linux.security_context.namespace_options", Honoured),
+    ("linux.security_context.selinux_options", NoMeaning(LSM)),
+    ("linux.security_context.run_as_user", NoMeaning(NO_PAUSE)),
+    ("linux.security_context.run_as_group", NoMeaning(NO_PAUSE)),
+    (
+        "linux.security_context.readonly_rootfs",
+        NoMeaning(NO_PAUSE),
+    ),
+    (
+        "linux.security_context.supplemental_groups",
+        NoMeaning(NO_PAUSE),
+    ),
+    (
+        "linux.security_context.supplemental_groups_policy",
+        NoMeaning(NO_PAUSE),
+    ),
+    ("linux.security_context.privileged", NoMeaning(NO_PAUSE)),
+    ("linux.security_context.seccomp", NoMeaning(NO_PAUSE)),
+    ("linux.security_context.apparmor", NoMeaning(LSM)),
+    (
+        "linux.security_context.seccomp_profile_path",
+        NoMeaning(NO_PAUSE),
+    ),
+    ("linux.sysctls", Honoured),
+    ("linux.overhead", NoMeaning(OF_THE_POD)),
+    ("linux.resources.cpu_period", Honoured),
+    ("linux.resources.cpu_quota", Honoured),
+    ("linux.resources.cpu_shares", NoMeaning(OF_THE_POD)),
+    ("linux.resources.memory_limit_in_bytes", Honoured),
+    ("linux.resources.oom_score_adj", NoMeaning(NO_PAUSE)),
+    ("linux.resources.cpuset_cpus", NoMeaning(OF_THE_POD)),
+    ("linux.resources.cpuset_mems", NoMeaning(OF_THE_POD)),
+    (
+        "linux.resources.hugepage_limits[].page_size",
+        NoMeaning("it names the page of the limit"),
+    ),
+    ("linux.resources.hugepage_limits[].limit", Refused(HUGE)),
+    ("linux.resources.unified", NoMeaning(OF_THE_POD)),
+    (
+        "linux.resources.memory_swap_limit_in_bytes",
+        NoMeaning(OF_THE_POD),
+    ),
+    ("windows", Refused(NOT_LINUX)),
+];
+
+/// A Linux container's fields (`LinuxContainerConfig`). What is refused here is
+/// refused as the field of the OCI specification that containerd makes of it.
+#[cfg(test)]
+const CONTAINER_FIELDS: &[Field] = &[
+    ("resources.cpu_period", Honoured),
+    ("resources.cpu_quota", Honoured),
+    ("resources.cpu_shares", Honoured),
+    ("resources.memory_limit_in_bytes", Honoured),
+    ("resources.oom_score_adj", Honoured),
+    ("resources.cpuset_cpus", Honoured),
+    ("resources.cpuset_mems", Honoured),
+    (
+        "resources.hugepage_limits[].page_size",
+        NoMeaning("it names the page of the limit"),
+    ),
+    ("resources.hugepage_limits[].limit", Refused(HUGE)),
+    ("resources.unified", Honoured),
+    ("resources.memory_swap_limit_in_bytes", Honoured),
+    ("security_context.capabilities", Honoured),
+    ("security_context.privileged", Honoured),
+    ("security_context.namespace_options", Honoured),
+    ("security_context.selinux_options", NoMeaning(LSM)),
+    ("security_context.run_as_user", Honoured),
+    ("security_context.run_as_group", Honoured),
+    ("security_context.run_as_username", Honoured),
+    ("security_context.readonly_rootfs", Honoured),
+    ("security_context.supplemental_groups", Honoured),
+    ("security_context.supplemental_groups_policy", Honoured),
+    ("security_context.no_new_privs", Honoured),
+    ("security_context.masked_paths", Honoured),
+    ("security_context.readonly_paths", Honoured),
+    ("security_context.seccomp", Honoured),
+    ("security_context.apparmor", NoMeaning(LSM)),
+    ("security_context.apparmor_profile", NoMeaning(LSM)),
+    ("security_context.seccomp_profile_path", Honoured),
+];
+
+#[cfg(test)]
+mod tests {
+    use k8s_cri::v1::{
+        HugepageLimit, LinuxContainerConfig, LinuxContainerResources,
+        LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+        PodSandboxConfig,
+    };
+    use podhull_sandbox::fields::differences;
+    use serde_aux::serde_introspection::serde_introspect;
+
+    use super::*;
+
+    const NONE: [&str; 0] = [];
+
+    #[test]
+    fn every_field_of_a_pod_has_exactly_one_entry() {
+        let structures = [
+            ("", serde_introspect::<PodSandboxConfig>()),
+            ("linux", serde_introspect::<LinuxPodSandboxConfig>()),
+            (
+                "linux.security_context",
+                serde_introspect::<LinuxSandboxSecurityContext>(),
+            ),
+            (
+                "linux.resources",
+                serde_introspect::<LinuxContainerResources>(),
+            ),
+            (
+                "linux.resources.hugepage_limits[]",
+                serde_introspect::<HugepageLimit>(),
+            ),
+        ];
+        assert_eq!(differences(&structures, POD_FIELDS), NONE);
+    }
+
+    #[test]
+    fn every_field_of_a_linux_container_has_exactly_one_entry() {
+        let structures = [
+            ("", serde_introspect::<LinuxContainerConfig>()),
+            ("resources", serde_introspect::<LinuxContainerResources>()),
+            (
+                "resources.hugepage_limits[]",
+                serde_introspect::<HugepageLimit>(),
+            ),
+            (
+                "security_context",
+                serde_introspect::<LinuxContainerSecurityContext>(),
+            ),
+        ];
+        assert_eq!(differences(&structures, CONTAINER_FIELDS), NONE);
+    }
+}
