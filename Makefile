@@ -18,7 +18,7 @@ export PODHULL_SHIM         ?= $(RELEASE)/containerd-shim-podhull-v2
 export PODHULL_KERNEL       ?= $(CURDIR)/$(GUEST)/vmlinux
 export PODHULL_INITRAMFS    ?= $(CURDIR)/$(GUEST)/initramfs.cpio
 export PODHULL_VSOCK_DAEMON ?= $(CACHE)/bin/vhost-device-vsock-0.3.0/vhost-device-vsock
-export PODHULL_CONTAINERD_24 ?= $(CACHE)/bin/containerd-2.4.2
+export PODHULL_CONTAINERDS  ?= $(CACHE)/bin
 export PODHULL_STREAMS      ?= $(CACHE)/bin/streams/streams
 
 .PHONY: help
@@ -49,10 +49,14 @@ lint: packages ## rustfmt, clippy, rustdoc, cargo-deny, tidiness
 test-unit: packages ## unit and crate tests
 	@tests/unit.sh
 
+comma := ,
+CONTAINERDS := $(patsubst all,1.6$(comma)1.7$(comma)2.1$(comma)2.4,$(or $(CONTAINERD),1.6$(comma)2.4))
+
 .PHONY: test-cri
-test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6, 2.4 or all; FILTER=part of a case's name
+test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6,2.4 (the default), 1.7, 2.1 or all; FILTER=part of a case's name
 	@cargo build --release --locked -p podhull-cri-tests
-	@$(RELEASE)/podhull-cri-tests --containerd $(or $(CONTAINERD),all) $(FILTER)
+	@$(SETUP)/containerd.sh $(if $(findstring 1.7,$(CONTAINERDS)),1.7.35) $(if $(findstring 2.1,$(CONTAINERDS)),2.1.9) 2.4.2
+	@$(RELEASE)/podhull-cri-tests --containerd $(CONTAINERDS) $(FILTER)
 
 .PHONY: test-all
 test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, heavy, kvm-smoke, kvm, miri

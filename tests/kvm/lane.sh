@@ -43,7 +43,7 @@ write_job() {
   {
     printf '#!/bin/bash\n'
     printf 'export PODHULL_CACHE=%q CARGO_TARGET_DIR=%q\n' "$CACHE" "$CARGO_TARGET_DIR"
-    [ -z "${PODHULL_CONTAINERD_24:-}" ] || printf 'export PODHULL_CONTAINERD_24=%q\n' "$PODHULL_CONTAINERD_24"
+    [ -z "${PODHULL_CONTAINERDS:-}" ] || printf 'export PODHULL_CONTAINERDS=%q\n' "$PODHULL_CONTAINERDS"
     # Copies: a build beside this run must not change what it tests.
     for name in SHIM KERNEL INITRAMFS; do
       from=PODHULL_$name

@@ -36,33 +36,80 @@ const POLL: Duration = Duration::from_millis(50);
 pub enum Release {
     /// Debian 12's package, 1.6.
     Debian16,
-    /// 2.4, built by the set-up.
+    /// 1.7, the last of the first line; built by the set-up, as the following.
+    V1_7,
+    /// 2.1, of those that start shims as 1.7 does.
+    V2_1,
+    /// 2.4, which starts shims with bootstrap parameters.
     V2_4,
 }
 
 impl Release {
-    /// As on a command line: `1.6` or `2.4`.
+    /// All of them, the oldest first.
+    pub const ALL: [Self; 4] = [Self::Debian16, Self::V1_7, Self::V2_1, Self::V2_4];
+
+    /// As on a command line: `1.6`, `1.7`, `2.1` or `2.4`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Debian16 => "1.6",
+            Self::V1_7 => "1.7",
+            Self::V2_1 => "2.1",
             Self::V2_4 => "2.4",
         }
+    }
+
+    /// The exact version that the set-up builds; `None` for Debian's.
+    #[must_use]
+    pub fn version(self) -> Option<&'static str> {
+        match self {
+            Self::Debian16 => None,
+            Self::V1_7 => Some("1.7.35"),
+            Self::V2_1 => Some("2.1.9"),
+            Self::V2_4 => Some("2.4.2"),
+        }
+    }
+
+    /// True for 2.x, whose pods may be made by a shim without a pause container.
+    #[must_use]
+    pub fn is_2(self) -> bool {
+        matches!(self, Self::V2_1 | Self::V2_4)
     }
 
     /// The release called `name`.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
-        [Self::Debian16, Self::V2_4]
-            .into_iter()
-            .find(|release| release.name() == name)
+        Self::ALL.into_iter().find(|release| release.name() == name)
     }
 
-    fn program(self, programs: &Programs, name: &str) -> PathBuf {
-        match self {
-            Self::Debian16 => Path::new("/usr/bin").join(name),
-            Self::V2_4 => programs.containerd_2.join(name),
+    /// One of its programs: `containerd`, `ctr`, the runc shim.
+    #[must_use]
+    pub fn program(self, programs: &Programs, name: &str) -> PathBuf {
+        match self.version() {
+            None => Path::new("/usr/bin").join(name),
+            Some(version) => programs
+                .containerds
+                .join(format!("containerd-{version}"))
+                .join(name),
         }
+    }
+
+    /// Fails, with what makes it, if its containerd is not there.
+    ///
+    /// # Errors
+    /// If it is missing.
+    pub fn check(self, programs: &Programs) -> Result<()> {
+        let program = self.program(programs, "containerd");
+        let made_by = match self.version() {
+            None => "make packages".to_owned(),
+            Some(version) => format!("tests/setup/containerd.sh {version}"),
+        };
+        ensure!(
+            program.is_file(),
+            "{} is missing: {made_by}",
+            program.display()
+        );
+        Ok(())
     }
 }
 

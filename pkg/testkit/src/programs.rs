@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
-/// The version of containerd 2 under test.
-pub const CONTAINERD_2: &str = "2.4.2";
 const VSOCK_DAEMON: &str = "0.3.0";
 
 /// The programs and files of the product, and what it needs.
@@ -27,8 +25,9 @@ pub struct Programs {
     /// The streaming client that is built from Kubernetes' library; only the
     /// suites need it.
     pub streams: PathBuf,
-    /// The folder with containerd 2, its ctr and its runc shim.
-    pub containerd_2: PathBuf,
+    /// The folder with the containerds that the set-up builds, each in a folder
+    /// `containerd-VERSION` with its ctr and its runc shim.
+    pub containerds: PathBuf,
 }
 
 impl Programs {
@@ -58,10 +57,7 @@ impl Programs {
                 )),
             ),
             streams: or("PODHULL_STREAMS", cache.join("bin/streams/streams")),
-            containerd_2: or(
-                "PODHULL_CONTAINERD_24",
-                cache.join(format!("bin/containerd-{CONTAINERD_2}")),
-            ),
+            containerds: or("PODHULL_CONTAINERDS", cache.join("bin")),
         }
     }
 

@@ -78,13 +78,7 @@ impl Options {
         if self.handler.starts_with("podhull") {
             programs.check()?;
         }
-        let containerd = programs.containerd_2.join("containerd");
-        ensure!(
-            self.release != Release::V2_4 || containerd.is_file(),
-            "{} is missing: make tools",
-            containerd.display()
-        );
-        Ok(())
+        self.release.check(&programs)
     }
 
     /// What is said with figures of so few runs that they tell nothing.

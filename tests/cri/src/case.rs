@@ -32,12 +32,13 @@ impl Setup {
     }
 
     fn bit(self) -> u8 {
-        match (self.release, self.handler) {
-            (Release::Debian16, "runc") => On::RUNC_16.0,
-            (Release::V2_4, "runc") => On::RUNC_24.0,
-            (Release::Debian16, _) => On::PAUSE_16.0,
-            (Release::V2_4, "podhull-sandbox") => On::SANDBOX_24.0,
-            (Release::V2_4, _) => On::PAUSE_24.0,
+        // What is told of 1.6 holds for 1.7, and of 2.4 for 2.1.
+        match (self.release.is_2(), self.handler) {
+            (false, "runc") => On::RUNC_16.0,
+            (true, "runc") => On::RUNC_24.0,
+            (false, _) => On::PAUSE_16.0,
+            (true, "podhull-sandbox") => On::SANDBOX_24.0,
+            (true, _) => On::PAUSE_24.0,
         }
     }
 }

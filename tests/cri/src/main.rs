@@ -3,7 +3,7 @@
 //! stock containerds, and after each case a look at what was left.
 //!
 //! ```text
-//! podhull-cri-tests [--containerd 1.6|2.4|all] [--handler NAME|all] [--list] [FILTER...]
+//! podhull-cri-tests [--containerd 1.6,1.7,2.1,2.4|all] [--handler NAME|all] [--list] [FILTER...]
 //! ```
 //!
 //! At the end it says `N passed, N failed, N skipped`, and below that, a line

@@ -6,7 +6,7 @@ use podhull_testkit::Release;
 
 use crate::case::Setup;
 
-const USAGE: &str = "podhull-cri-tests [--containerd 1.6|2.4|all] [--handler podhull|podhull-sandbox|runc|all] [--list] [FILTER...]";
+const USAGE: &str = "podhull-cri-tests [--containerd 1.6,1.7,2.1,2.4|all] [--handler podhull|podhull-sandbox|runc|all] [--list] [FILTER...]";
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,11 +34,13 @@ impl Options {
             };
             match &*arg {
                 "--containerd" => match &*value()? {
-                    "all" => {}
-                    name => {
-                        let release = Release::named(name)
-                            .with_context(|| format!("no containerd {name}; {USAGE}"))?;
-                        options.releases = vec![release];
+                    "all" => options.releases = Release::ALL.into(),
+                    names => {
+                        let named = names.split(',').map(|name| {
+                            Release::named(name)
+                                .with_context(|| format!("no containerd {name}; {USAGE}"))
+                        });
+                        options.releases = named.collect::<Result<_>>()?;
                     }
                 },
                 "--handler" => match &*value()? {
@@ -74,8 +76,8 @@ impl Options {
             .into_iter()
             .filter(|handler| self.handlers.iter().any(|wanted| wanted == handler))
             .map(|handler| Setup { release, handler })
-            // 1.6 knows no other sandboxer than its own.
-            .filter(|setup| setup.release != Release::Debian16 || !setup.shim_is_sandboxer())
+            // 1.x knows no other sandboxer than its own.
+            .filter(|setup| setup.release.is_2() || !setup.shim_is_sandboxer())
             .collect()
     }
 }
@@ -102,6 +104,9 @@ mod tests {
     fn arguments_narrow_it_and_wrong_ones_are_refused() {
         let options = parse("--containerd 2.4 --handler runc exec_ mount_").unwrap();
         assert_eq!(options.setups().len(), 1);
+        let two = parse("--containerd 1.7,2.1 --handler podhull").unwrap();
+        assert_eq!(two.releases, [Release::V1_7, Release::V2_1]);
+        assert_eq!(parse("--containerd all").unwrap().releases, Release::ALL);
         assert!(options.wants("exec_x") && options.wants("mount_y") && !options.wants("z"));
         for wrong in ["--containerd 3", "--handler crun", "--containerd", "--x"] {
             assert!(parse(wrong).is_err(), "{wrong}");

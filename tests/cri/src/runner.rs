@@ -38,6 +38,7 @@ pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
     if setups.iter().any(|setup| setup.is_podhull()) {
         node.programs().check()?;
     }
+    release.check(node.programs())?;
     let containerd = node.start_containerd(release).await?;
     let mut context = Context::new(node, containerd);
     let mut tally = Tally::default();

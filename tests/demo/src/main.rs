@@ -62,13 +62,7 @@ fn check(choice: &Choice) -> Result<()> {
     if choice.has_vm() {
         programs.check()?;
     }
-    let containerd = programs.containerd_2.join("containerd");
-    ensure!(
-        choice.release != Release::V2_4 || containerd.is_file(),
-        "{} is missing: make tools",
-        containerd.display()
-    );
-    Ok(())
+    choice.release.check(&programs)
 }
 
 fn run(screen: &mut Screen, choice: &Choice) -> Result<()> {

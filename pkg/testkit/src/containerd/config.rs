@@ -16,7 +16,7 @@ pub(super) const OPT: &str = "/var/lib/containerd/opt";
 pub const FORGETFUL: &str = "podhull-forgetful";
 
 /// Handlers, their runtime types, and whether the shim itself is the sandboxer,
-/// which 1.6 does not know.
+/// which 1.x does not know.
 const HANDLERS: [(&str, &str, bool); 4] = [
     ("runc", "io.containerd.runc.v2", false),
     ("podhull", "io.containerd.podhull.v2", false),
@@ -28,7 +28,7 @@ const HANDLERS: [(&str, &str, bool); 4] = [
 #[must_use]
 pub(super) fn containerd(release: Release, socket: &Path) -> String {
     let (version, cri, head) = match release {
-        Release::Debian16 => (
+        Release::Debian16 | Release::V1_7 => (
             2,
             "io.containerd.grpc.v1.cri",
             format!(
@@ -43,7 +43,7 @@ pub(super) fn containerd(release: Release, socket: &Path) -> String {
 "#
             ),
         ),
-        Release::V2_4 => (
+        Release::V2_1 | Release::V2_4 => (
             3,
             "io.containerd.cri.v1.runtime",
             format!(
@@ -73,7 +73,7 @@ state = "/run/containerd"
         socket.display()
     );
     for (handler, runtime_type, shim_is_sandboxer) in HANDLERS {
-        let shim_is_sandboxer = shim_is_sandboxer && release != Release::Debian16;
+        let shim_is_sandboxer = shim_is_sandboxer && release.is_2();
         if handler == "podhull-sandbox" && !shim_is_sandboxer {
             continue;
         }
