@@ -58,8 +58,18 @@ test-cri: packages tools streams guest shim ## the CRI suite; CONTAINERD=1.6,2.4
 	@$(SETUP)/containerd.sh $(if $(findstring 1.7,$(CONTAINERDS)),1.7.35) $(if $(findstring 2.1,$(CONTAINERDS)),2.1.9) 2.4.2
 	@$(RELEASE)/podhull-cri-tests --containerd $(CONTAINERDS) $(FILTER)
 
+.PHONY: test-core
+test-core: packages tools streams guest shim ## the core cases of the CRI suite, on containerd 2.4 and 1.6
+	@cargo build --release --locked -p podhull-cri-tests
+	@$(RELEASE)/podhull-cri-tests --core
+
+.PHONY: compatibility
+compatibility: packages ## docs/compatibility.md and docs/fields.md, from the cases and the tables of fields
+	@cargo run --quiet --release --locked -p podhull-cri-tests -- --compatibility >docs/compatibility.md
+	@PODHULL_UPDATE_DOCS=1 cargo test --quiet --locked -p podhull-shim --lib -- the_page_is_what_the_tables_say >/dev/null
+
 .PHONY: test-all
-test-all: ## long checks, resumable: PART=mutations, reproducible, debian-kernel, heavy, kvm-smoke, kvm, miri
+test-all: ## long checks, resumable: PART=cri, cri-others, mutations, reproducible, debian-kernel, heavy, kvm-smoke, kvm, miri
 	@tests/run-part.sh $(or $(PART),all)
 
 .PHONY: bench-quick

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # `make test-all PART=…`: what takes too long for `make test`.
+#   cri            the whole CRI suite on containerd 1.6 and 2.4
+#   cri-others     the same on 1.7 and 2.1
 #   mutations      breaks the code on purpose, line by line; each time a named case must turn red
 #   reproducible   builds kernel and initramfs a second time; the hashes must be equal
 #   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
@@ -47,6 +49,8 @@ miri() {
 
 part() {
   case $1 in
+    cri) make -s test-cri ;;
+    cri-others) make -s test-cri CONTAINERD=1.7,2.1 ;;
     mutations) make -s tools streams guest shim && cargo build --quiet --release --locked -p podhull-cri-tests && tests/mutations/run.sh ;;
     reproducible) make -s guest && tests/reproducible.sh ;;
     debian-kernel) make -s tools shim && debian_kernel ;;
@@ -57,8 +61,8 @@ part() {
     kvm) kvm ;;
     kvm-smoke) kvm --smoke ;;
     miri) miri ;;
-    all) part mutations && part reproducible && part debian-kernel && part heavy && part kvm ;;
-    *) die "PART=$1: expected mutations, reproducible, debian-kernel, heavy, kvm, kvm-smoke, miri or all" ;;
+    all) part cri && part cri-others && part mutations && part reproducible && part debian-kernel && part heavy && part kvm ;;
+    *) die "PART=$1: expected cri, cri-others, mutations, reproducible, debian-kernel, heavy, kvm, kvm-smoke, miri or all" ;;
   esac
 }
 part "$1"

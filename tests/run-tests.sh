@@ -75,5 +75,5 @@ stage guest-again guest_again
 stage demo tests/demo.sh
 stage lint make -s lint
 stage unit make -s test-unit
-stage cri make -s test-cri
+stage cri make -s test-core
 stage kvm tests/run-part.sh kvm-smoke

@@ -120,6 +120,20 @@ fn quoted(value: &Value) -> String {
     text
 }
 
+/// `fields` as a table in Markdown.
+#[must_use]
+pub fn table(fields: &[Field]) -> String {
+    let mut text = "| field | in a guest |\n|---|---|\n".to_owned();
+    for (name, verdict) in fields {
+        let _ = match verdict {
+            Verdict::Honoured => writeln!(text, "| `{name}` | honoured |"),
+            Verdict::Refused(reason) => writeln!(text, "| `{name}` | refused: {reason} |"),
+            Verdict::NoMeaning(reason) => writeln!(text, "| `{name}` | no effect: {reason} |"),
+        };
+    }
+    text
+}
+
 /// Where `fields` and the members of `structures` (a structure's name and its
 /// members' names) do not fit: members without an entry, and entries for what is no
 /// member. Nothing if the table is whole. For tests of tables.

@@ -114,7 +114,8 @@ mod tests {
         LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
         PodSandboxConfig,
     };
-    use podhull_sandbox::fields::differences;
+    use podhull_sandbox::OCI_FIELDS;
+    use podhull_sandbox::fields::{differences, table};
     use serde_aux::serde_introspection::serde_introspect;
 
     use super::*;
@@ -157,5 +158,30 @@ mod tests {
             ),
         ];
         assert_eq!(differences(&structures, CONTAINER_FIELDS), NONE);
+    }
+
+    /// Written instead of compared with `PODHULL_UPDATE_DOCS` in the environment.
+    #[test]
+    fn the_page_is_what_the_tables_say() {
+        let page = format!(
+            "# Fields\n\n\
+             Every field of a request and what becomes of it, made from the tables that podhull itself uses, by\n\
+             `make compatibility`. What is refused fails the request, by the field's name and with its value. A field\n\
+             that is null, false, zero or empty asks for nothing.\n\n\
+             ## OCI specification of a container\n\n{}\n\
+             ## CRI: `PodSandboxConfig`\n\n{}\n\
+             ## CRI: `LinuxContainerConfig`\n\n\
+             containerd makes an OCI specification of these.\n\n{}",
+            table(OCI_FIELDS),
+            table(POD_FIELDS),
+            table(CONTAINER_FIELDS)
+        );
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/fields.md");
+        if std::env::var_os("PODHULL_UPDATE_DOCS").is_some() {
+            std::fs::write(path, page).unwrap();
+            return;
+        }
+        let written = std::fs::read_to_string(path).unwrap();
+        assert!(written == page, "docs/fields.md is old: make compatibility");
     }
 }

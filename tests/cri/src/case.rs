@@ -31,6 +31,14 @@ impl Setup {
         self.handler == "podhull-sandbox"
     }
 
+    /// runc on the same containerd.
+    pub(crate) fn with_runc(self) -> Self {
+        Self {
+            handler: "runc",
+            ..self
+        }
+    }
+
     fn bit(self) -> u8 {
         // What is told of 1.6 holds for 1.7, and of 2.4 for 2.1.
         match (self.release.is_2(), self.handler) {

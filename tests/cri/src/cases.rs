@@ -7,6 +7,7 @@ mod concurrency;
 mod confinement;
 mod console;
 mod container;
+pub(crate) mod core;
 mod dead;
 mod event;
 mod exec;
@@ -41,6 +42,7 @@ mod stream_exec;
 mod stream_frozen;
 mod stream_load;
 mod task;
+mod view;
 mod vsock;
 mod vsock_id;
 
@@ -54,6 +56,7 @@ pub(crate) fn all() -> Vec<Case> {
         concurrency::cases(),
         pod::cases(),
         container::cases(),
+        view::cases(),
         process::cases(),
         task::cases(),
         oci::cases(),

@@ -14,6 +14,7 @@ use podhull_testkit::{Containerd, Node, Release};
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::case::Setup;
+use crate::compare::see;
 
 /// What the kubelet masks in every container that is not privileged.
 const MASKED: [&str; 10] = [
@@ -183,7 +184,11 @@ pub(crate) async fn text_of(builder: ContainerBuilder, script: &str) -> Result<S
     let log = container.wrote(END, TEXT_WITHIN).await?;
     let text = log.text();
     match text.rsplit_once(END) {
-        Some((text, "0")) => Ok(text.trim().to_owned()),
+        Some((text, "0")) => {
+            let text = text.trim();
+            see("text", text);
+            Ok(text.to_owned())
+        }
         _ => bail!("{script:?} failed: {text} {}", log.error_text()),
     }
 }

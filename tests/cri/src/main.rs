@@ -12,6 +12,8 @@
 mod case;
 mod cases;
 mod client;
+mod compare;
+mod compatibility;
 mod context;
 mod held;
 mod options;
@@ -46,7 +48,9 @@ fn main() -> ExitCode {
         return code;
     }
     let result = Options::parse(env::args().skip(1)).and_then(|options| {
-        if options.list {
+        if options.compatibility {
+            print(&compatibility::page())
+        } else if options.list {
             list(&options)
         } else if namespaces::inside() {
             inside(&options)
@@ -60,11 +64,16 @@ fn main() -> ExitCode {
     })
 }
 
+fn print(text: &str) -> Result<ExitCode> {
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn list(options: &Options) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     for setup in options.setups() {
         for case in cases::all() {
-            if case.on.has(setup) && options.wants(case.name) {
+            if case.on.has(setup) && options.wants(setup, &case) {
                 writeln!(out, "{setup} {}", case.name)?;
             }
         }
@@ -100,6 +109,7 @@ fn outside(options: &Options) -> Result<ExitCode> {
         "\nall releases: {:.0} s",
         begin.elapsed().as_secs_f64()
     )?;
+    writeln!(out, "{}", total.beside_runc())?;
     writeln!(out, "{total}")?;
     write!(out, "{}", total.failures())?;
     Ok(match gave_up {

@@ -4,15 +4,22 @@
 use anyhow::{Context as _, Result, bail};
 use podhull_testkit::Release;
 
-use crate::case::Setup;
+use crate::case::{Case, Setup};
+use crate::cases::core;
 
-const USAGE: &str = "podhull-cri-tests [--containerd 1.6,1.7,2.1,2.4|all] [--handler podhull|podhull-sandbox|runc|all] [--list] [FILTER...]";
+const USAGE: &str = "podhull-cri-tests [--containerd 1.6,1.7,2.1,2.4|all] [--handler podhull|podhull-sandbox|runc|all] [--core] [--alone] [--list] [--compatibility] [FILTER...]";
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Options {
     pub(crate) releases: Vec<Release>,
     pub(crate) list: bool,
+    /// The page on compatibility, and nothing else.
+    pub(crate) compatibility: bool,
+    /// Only the core cases.
+    core: bool,
+    /// Nothing is compared with runc.
+    pub(crate) alone: bool,
     handlers: Vec<String>,
     filters: Vec<String>,
 }
@@ -23,6 +30,9 @@ impl Options {
         let mut options = Self {
             releases: vec![Release::Debian16, Release::V2_4],
             list: false,
+            compatibility: false,
+            core: false,
+            alone: false,
             handlers: vec!["podhull".into(), "podhull-sandbox".into()],
             filters: Vec::new(),
         };
@@ -49,6 +59,9 @@ impl Options {
                     name => bail!("no handler {name}; {USAGE}"),
                 },
                 "--list" => options.list = true,
+                "--compatibility" => options.compatibility = true,
+                "--core" => options.core = true,
+                "--alone" => options.alone = true,
                 "--help" | "-h" => bail!("{USAGE}"),
                 other if other.starts_with('-') => bail!("unknown option {other}; {USAGE}"),
                 filter => options.filters.push(filter.into()),
@@ -57,9 +70,12 @@ impl Options {
         Ok(options)
     }
 
-    /// True if a case of this name is to run: any filter is part of its name.
-    pub(crate) fn wants(&self, name: &str) -> bool {
-        self.filters.is_empty() || self.filters.iter().any(|filter| name.contains(&**filter))
+    /// True if a case is to run: any filter is part of its name.
+    pub(crate) fn wants(&self, setup: Setup, case: &Case) -> bool {
+        let name = case.name;
+        let named = |filter: &String| name.contains(&**filter);
+        (self.filters.is_empty() || self.filters.iter().any(named))
+            && (!self.core || core::has(setup, name))
     }
 
     /// What to run, releases in order.
@@ -85,6 +101,7 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::case::On;
 
     fn parse(line: &str) -> Result<Options> {
         Options::parse(line.split_whitespace().map(str::to_owned))
@@ -107,7 +124,14 @@ mod tests {
         let two = parse("--containerd 1.7,2.1 --handler podhull").unwrap();
         assert_eq!(two.releases, [Release::V1_7, Release::V2_1]);
         assert_eq!(parse("--containerd all").unwrap().releases, Release::ALL);
-        assert!(options.wants("exec_x") && options.wants("mount_y") && !options.wants("z"));
+        let case = |name| Case {
+            name,
+            on: On::ALL,
+            run: |_| Box::pin(async { Ok(()) }),
+        };
+        let wants = |name| options.wants(options.setups()[0], &case(name));
+        assert!(wants("exec_x") && wants("mount_y") && !wants("z"));
+
         for wrong in ["--containerd 3", "--handler crun", "--containerd", "--x"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }

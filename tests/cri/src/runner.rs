@@ -14,6 +14,7 @@ use podhull_testkit::{Node, Release, evidence};
 
 use crate::case::{Case, Setup, Skip};
 use crate::cases;
+use crate::compare::{self, Records, Seen, Verdict};
 use crate::context::{Context, heavy};
 use crate::options::Options;
 use crate::tally::Tally;
@@ -41,20 +42,42 @@ pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
     release.check(node.programs())?;
     let containerd = node.start_containerd(release).await?;
     let mut context = Context::new(node, containerd);
+    let records = if options.alone {
+        None
+    } else {
+        Some(Records::of(release)?)
+    };
     let mut tally = Tally::default();
     for setup in setups {
         let cases: Vec<_> = cases::all()
             .into_iter()
-            .filter(|case| case.on.has(setup) && options.wants(case.name))
+            .filter(|case| case.on.has(setup) && options.wants(setup, case))
             .collect();
-        if !cases.is_empty() {
-            tally += run_setup(&mut context, setup, &cases).await?;
+        // What runc gives is found out first.
+        let runc = setup.with_runc();
+        let unknown: Vec<_> = match &records {
+            Some(records) if setup.is_podhull() => cases
+                .iter()
+                .filter(|case| case.on.has(runc) && records.get(case.name).is_none())
+                .copied()
+                .collect(),
+            _ => Vec::new(),
+        };
+        for (setup, cases) in [(runc, unknown), (setup, cases)] {
+            if !cases.is_empty() {
+                tally += run_setup(&mut context, setup, &cases, records.as_ref()).await?;
+            }
         }
     }
     Ok(tally)
 }
 
-async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Result<Tally> {
+async fn run_setup(
+    context: &mut Context,
+    setup: Setup,
+    cases: &[Case],
+    records: Option<&Records>,
+) -> Result<Tally> {
     let begin = Instant::now();
     context.begin(setup);
     let mut searched = Searched::all(&*context.containerd().await)?;
@@ -69,7 +92,7 @@ async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Resul
     let mut tally = Tally::default();
     for case in cases {
         let started = Instant::now();
-        let (result, clean) = one(context, case, &before, &mut searched).await;
+        let (result, clean, seen) = one(context, case, &before, &mut searched).await;
         if clean.is_err() {
             // What this one left must not fail the next ones.
             let containerd = context.containerd().await;
@@ -83,6 +106,10 @@ async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Resul
             (Err(error), Err(leak)) => Err(anyhow!("{error:#}\nand then: {leak:#}")),
             (result, clean) => result.and(clean),
         };
+        let result = match (result, records) {
+            (Ok(()), Some(records)) => beside_runc(case, setup, &seen, records),
+            (result, _) => result.map(|()| None),
+        };
         report(case, setup, took, result, &mut tally)?;
     }
     let mut out = io::stdout().lock();
@@ -94,17 +121,41 @@ async fn run_setup(context: &mut Context, setup: Setup, cases: &[Case]) -> Resul
     Ok(tally)
 }
 
+/// How what a passed case saw compares with what it saw with runc, if it runs with
+/// both; what it saw with runc is kept.
+fn beside_runc(
+    case: &Case,
+    setup: Setup,
+    seen: &Seen,
+    records: &Records,
+) -> Result<Option<Verdict>> {
+    if !setup.is_podhull() {
+        return records.put(case.name, seen).map(|()| None);
+    }
+    match records.get(case.name) {
+        Some(runc) if case.on.has(setup.with_runc()) => {
+            compare::compare(case.name, &runc, seen).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
 fn report(
     case: &Case,
     setup: Setup,
     took: f64,
-    result: Result<()>,
+    result: Result<Option<Verdict>>,
     tally: &mut Tally,
 ) -> Result<()> {
     let mut out = io::stdout().lock();
     match result {
-        Ok(()) => {
+        Ok(verdict) => {
             tally.passed += 1;
+            match verdict {
+                Some(Verdict::Same) => tally.same += 1,
+                Some(Verdict::Differs) => tally.differing += 1,
+                None => {}
+            }
             writeln!(out, "test {} {setup} ... ok ({took:.2}s)", case.name)?;
         }
         Err(error) if error.is::<Skip>() => {
@@ -142,22 +193,21 @@ async fn warm_up(context: &Context) -> Result<()> {
     remove_everything(context).await
 }
 
-/// The case's result, and whether the node is as it was at `before` and nothing
-/// was dropped unclosed.
+/// The case's result, whether the node is as it was at `before` and nothing was
+/// dropped unclosed, and what the case saw.
 async fn one(
     context: &mut Context,
     case: &Case,
     before: &Snapshot,
     searched: &mut Searched,
-) -> (Result<()>, Result<()>) {
+) -> (Result<()>, Result<()>, Seen) {
     if let Err(error) = context.begin_case(case.name, before.clone()) {
-        return (Err(error), Ok(()));
+        return (Err(error), Ok(()), Seen::new());
     }
     let within = if heavy() { HEAVY_WITHIN } else { CASE_WITHIN };
-    let result = match tokio::time::timeout(within, (case.run)(context)).await {
-        Ok(result) => result,
-        Err(_) => Err(anyhow!("still runs after {within:?}")),
-    };
+    let run = compare::watch(tokio::time::timeout(within, (case.run)(context)));
+    let (result, seen) = run.await;
+    let result = result.unwrap_or_else(|_| Err(anyhow!("still runs after {within:?}")));
     // While its pods are still there.
     let result = result.and(unclosed::counted().await);
     let result = result.map_err(|error| {
@@ -173,7 +223,8 @@ async fn one(
     };
     // The shims have ended, and what they said is written.
     let clean = clean.and(searched.on(&*context.containerd().await));
-    (result, clean.map_err(|error| quoting_logs(context, &error)))
+    let clean = clean.map_err(|error| quoting_logs(context, &error));
+    (result, clean, seen)
 }
 
 /// The error, and what the programs under test wrote last.

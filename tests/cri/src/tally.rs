@@ -6,7 +6,7 @@ use std::fs;
 use std::ops::AddAssign;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 /// How much of an error is told again at the end.
 const FIRST_LINE: usize = 200;
@@ -16,6 +16,10 @@ const FIRST_LINE: usize = 200;
 pub(crate) struct Tally {
     pub(crate) passed: u32,
     pub(crate) skipped: u32,
+    /// Of those that passed with podhull: what they saw is what runc gives.
+    pub(crate) same: u32,
+    /// Of those: but for differences with a reason.
+    pub(crate) differing: u32,
     /// One line each.
     failed: Vec<String>,
 }
@@ -26,6 +30,16 @@ impl Tally {
         let line = error.lines().next().unwrap_or_default();
         let line: String = line.chars().take(FIRST_LINE).collect();
         self.failed.push(format!("{what}: {line}"));
+    }
+
+    /// A line on how it compares with runc.
+    pub(crate) fn beside_runc(&self) -> String {
+        format!(
+            "beside runc: {} the same, {} differing for a reason, {} not compared",
+            self.same,
+            self.differing,
+            self.passed - self.same - self.differing
+        )
     }
 
     /// True if nothing failed.
@@ -41,7 +55,10 @@ impl Tally {
 
     /// Hands the figures from a node to who started it.
     pub(crate) fn keep(&self, file: &Path) -> Result<()> {
-        let mut text = format!("{} {}\n", self.passed, self.skipped);
+        let mut text = format!(
+            "{} {} {} {}\n",
+            self.passed, self.skipped, self.same, self.differing
+        );
         text.extend(self.failed.iter().map(|line| format!("{line}\n")));
         fs::write(file, text).with_context(|| format!("write {}", file.display()))
     }
@@ -51,11 +68,19 @@ impl Tally {
         let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
         fs::remove_file(file).with_context(|| format!("remove {}", file.display()))?;
         let mut lines = text.lines();
-        let figures = lines.next().and_then(|line| line.split_once(' '));
-        let (passed, skipped) = figures.context("too few figures")?;
+        let figures = lines.next().context("no figures")?.split(' ');
+        let figures: Vec<u32> = figures
+            .map(str::parse)
+            .collect::<Result<_, _>>()
+            .context("a figure")?;
+        let [passed, skipped, same, differing] = figures[..] else {
+            bail!("{} figures instead of 4", figures.len());
+        };
         Ok(Self {
-            passed: passed.parse().context("a figure")?,
-            skipped: skipped.parse().context("a figure")?,
+            passed,
+            skipped,
+            same,
+            differing,
             failed: lines.map(str::to_owned).collect(),
         })
     }
@@ -65,6 +90,8 @@ impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.skipped += other.skipped;
+        self.same += other.same;
+        self.differing += other.differing;
         self.failed.extend(other.failed);
     }
 }
