@@ -195,7 +195,7 @@ else
   [ $# -gt 0 ] || set -- $FILTER
   [ -n "$vsock_tests" ] || die "VSOCK_TESTS: the built tests over AF_VSOCK (make test-kvm sets it)"
   run bash -c "$(declare -f with_vsock_tests); with_vsock_tests \"\$@\"" - \
-    "$out/bin" "$which" "$out/bin/podhull-cri-tests" --containerd 2.4 "$@"
+    "$out/bin" "$which" "$out/bin/podhull-cri-tests" --alone --containerd 2.4 "$@"
   check_vmms
   check_its_own "$@"
   exit "$code"
