@@ -59,6 +59,17 @@ pub(crate) fn inherited(number: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(number) }
 }
 
+/// Gives SIGPIPE its default effect back. Rust's runtime ignores it, and what is
+/// ignored stays so over execve: a container's `yes | head` would not end.
+pub(crate) fn default_broken_pipe() -> io::Result<()> {
+    // SAFETY: no handler is installed; the default one runs no code of ours.
+    let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    if before == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Sends a signal by its number, real-time ones too.
 pub(crate) fn kill_raw(pid: Pid, signal: i32) -> io::Result<()> {
     // SAFETY: `kill` takes integers and touches no memory.

@@ -19,6 +19,13 @@ use crate::error::ShimError;
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// What a pod without an own one gets, as from containerd.
 const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
+/// What containerd 2.x gives a pod that says nothing else (its settings
+/// `enable_unprivileged_ports` and `enable_unprivileged_icmp`, which are on and do
+/// not reach a shim): users may listen on low ports, and ping.
+const SYSCTLS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 
 /// The pod's configuration out of CreateSandbox's options.
 pub(crate) fn decode(options: Option<&Any>) -> Result<PodSandboxConfig, ShimError> {
@@ -65,20 +72,22 @@ pub(crate) fn sandbox_spec(
     let memory = u64::try_from(resources.memory_limit_in_bytes).unwrap_or(0);
     let period = u64::try_from(resources.cpu_period).unwrap_or(0);
     let parent = Some(linux.cgroup_parent).filter(|parent| !parent.is_empty());
+    let defaults = SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let hostname = hostname(config)?;
     Ok(SandboxSpec {
         id: id.clone(),
         namespace: namespace.to_owned(),
-        hostname: config.hostname.clone(),
+        files: files(config, &hostname)?,
+        hostname,
         domainname: String::new(),
         netns: Some(netns)
             .filter(|path| !path.is_empty())
             .map(PathBuf::from),
         cgroups_path: Some(cgroup(parent.as_deref(), namespace, id)),
-        sysctls: linux.sysctls.into_iter().collect(),
+        sysctls: defaults.into_iter().chain(linux.sysctls).collect(),
         memory_limit_bytes: Some(memory).filter(|bytes| *bytes > 0),
         vcpus: vcpus(resources.cpu_quota, period),
         shm_size: None,
-        files: files(config)?,
         started,
     })
 }
@@ -96,22 +105,28 @@ fn cgroup(parent: Option<&str>, namespace: &str, id: &SandboxId) -> String {
     }
 }
 
-fn files(config: &PodSandboxConfig) -> Result<PodFiles, ShimError> {
+/// The pod's name, or that of the node if it has none.
+fn hostname(config: &PodSandboxConfig) -> Result<String, ShimError> {
+    if !config.hostname.is_empty() {
+        return Ok(config.hostname.clone());
+    }
+    let name = nix::unistd::gethostname().map_err(ShimError::system("ask for the hostname"))?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// As containerd 2.x writes them (setupSandboxFiles): settings that are there and
+/// empty give an empty resolv.conf, and only none at all give the node's.
+fn files(config: &PodSandboxConfig, hostname: &str) -> Result<PodFiles, ShimError> {
     let host = |path: &'static str| match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         read => read.map_err(ShimError::file("read", path)),
     };
     let [hosts, resolv_conf] = HOST_FILES;
-    let dns = config.dns_config.as_ref().map(resolv).unwrap_or_default();
-    let resolv_conf = if dns.is_empty() {
-        host(resolv_conf)?
-    } else {
-        dns
-    };
+    let dns = config.dns_config.as_ref().map(resolv).map(Ok);
     Ok(PodFiles {
-        resolv_conf: Some(resolv_conf),
+        resolv_conf: Some(dns.unwrap_or_else(|| host(resolv_conf))?),
         hosts: Some(host(hosts)?),
-        hostname: Some(format!("{}\n", config.hostname)),
+        hostname: Some(format!("{hostname}\n")),
     })
 }
 
@@ -160,6 +175,30 @@ mod tests {
         assert!(decode(None).is_err());
         let other = Any::default();
         assert!(decode(Some(&other)).is_err());
+    }
+
+    #[test]
+    fn what_a_pod_does_not_say_is_as_from_containerd() {
+        let of = |config: &PodSandboxConfig| {
+            sandbox_spec("k8s.io", &id(), config, "", Instant::now()).unwrap()
+        };
+        let bare = of(&PodSandboxConfig::default());
+        let node = nix::unistd::gethostname().unwrap();
+        assert_eq!(bare.hostname, node.to_str().unwrap());
+        assert_eq!(bare.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
+        assert_eq!(bare.sysctls["net.ipv4.ping_group_range"], "0 2147483647");
+        let nodes = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        assert_eq!(bare.files.resolv_conf, Some(nodes));
+        let said = of(&PodSandboxConfig {
+            dns_config: Some(DnsConfig::default()),
+            linux: Some(LinuxPodSandboxConfig {
+                sysctls: [("net.ipv4.ip_unprivileged_port_start".into(), "80".into())].into(),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        });
+        assert_eq!(said.files.resolv_conf.as_deref(), Some(""));
+        assert_eq!(said.sysctls["net.ipv4.ip_unprivileged_port_start"], "80");
     }
 
     #[test]

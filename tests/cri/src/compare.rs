@@ -83,14 +83,7 @@ pub(crate) fn compare(case: &str, runc: &Seen, podhull: &Seen) -> Result<Verdict
         .collect();
     let mut lines: Vec<_> = differing
         .difference(&explained)
-        .map(|name| {
-            let of = |seen: &Seen| seen.get(*name).cloned().unwrap_or("(nothing)".into());
-            format!(
-                "{name}: with runc {:?}, with podhull {:?}",
-                of(runc),
-                of(podhull)
-            )
-        })
+        .map(|name| format!("{name}: {}", against(runc.get(*name), podhull.get(*name))))
         .collect();
     let same = explained.difference(&differing);
     lines.extend(same.map(|name| format!("{name}: said to differ, and does not")));
@@ -100,6 +93,26 @@ pub(crate) fn compare(case: &str, runc: &Seen, podhull: &Seen) -> Result<Verdict
         [] => Ok(Verdict::Differs),
         _ => bail!("not as with runc: {}", lines.join("; ")),
     }
+}
+
+/// Names the lines that only one of both has.
+fn against(runc: Option<&String>, podhull: Option<&String>) -> String {
+    let lines = |of: Option<&String>| -> Vec<String> {
+        let text = of.map_or("(nothing)", String::as_str);
+        text.lines().map(str::to_owned).collect()
+    };
+    let (runc, podhull) = (lines(runc), lines(podhull));
+    let only = |of: &[String], other: &[String]| -> Vec<String> {
+        of.iter()
+            .filter(|line| !other.contains(line))
+            .cloned()
+            .collect()
+    };
+    let (with_runc, with_podhull) = (only(&runc, &podhull), only(&podhull, &runc));
+    if with_runc.is_empty() && with_podhull.is_empty() {
+        return format!("in another order or number: with runc {runc:?}, with podhull {podhull:?}");
+    }
+    format!("only with runc {with_runc:?}, only with podhull {with_podhull:?}")
 }
 
 /// What cases saw with runc, kept in the cache for as long as it holds: for this
@@ -174,11 +187,11 @@ mod tests {
         assert_eq!(compare("x", &one, &one).unwrap(), Verdict::Same);
         let error = compare("x", &one, &other).unwrap_err().to_string();
         assert!(
-            error.contains("code: with runc \"1\", with podhull \"2\""),
+            error.contains("code: only with runc [\"1\"], only with podhull [\"2\"]"),
             "{error}"
         );
         assert!(
-            error.contains("text: with runc \"a\", with podhull \"(nothing)\""),
+            error.contains("text: only with runc [\"a\"], only with podhull [\"(nothing)\"]"),
             "{error}"
         );
     }

@@ -30,7 +30,7 @@ const CLEAN_WITHIN: Duration = Duration::from_secs(10);
 const REMOVE_WITHIN: Duration = Duration::from_secs(45);
 /// How much of each log is quoted with a failure, and of each of its lines.
 const LOG_LINES: usize = 20;
-const LINE: usize = 400;
+const LINE: usize = 2000;
 
 /// Runs what `options` asks for on a fresh node with `release`.
 pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {

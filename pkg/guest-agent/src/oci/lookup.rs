@@ -10,6 +10,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::sys;
+
 /// What is looked through if the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -85,6 +87,9 @@ pub fn execute(program: &Path, args: &[String], env: &[String]) -> String {
     let path = CString::new(program.to_string_lossy().as_bytes());
     match (path, c_strings(args), c_strings(env)) {
         (Ok(path), Ok(args), Ok(env)) => {
+            if let Err(error) = sys::default_broken_pipe() {
+                return format!("exec {shown}: {}", words(&error));
+            }
             let Err(errno) = nix::unistd::execve(&path, &args, &env);
             format!("exec {shown}: {}", words(&errno.into()))
         }

@@ -134,14 +134,15 @@ async fn view_of_names_and_environment_is_that_of_runc(t: &Context) -> Result<()
         "env | sort; pwd; id; stat -c %u:%g /proc/self/fd/1",
     )
     .await?;
-    let tree =
-        "ps -o pid,ppid,pgid,sid,tty,comm 2>/dev/null | head -3; cat /proc/self/oom_score_adj";
+    let tree = "cut -d' ' -f2-4,7,8 /proc/1/stat; set -- $(cat /proc/$$/stat); echo $2 $4 $7 $8 $(($1 - $5)) $(($1 - $6)); cat /proc/self/oom_score_adj";
     look(t.container(&pod, "tree"), "processes", tree).await
 }
 
 async fn view_of_limits_and_signals_is_that_of_runc(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
-    let signals = "grep -E '^Sig(Blk|Ign)' /proc/self/status";
+    // Without 32 and above, which libraries keep for themselves.
+    let signals = "grep -E '^Sig(Blk|Ign)' /proc/$$/status | while read name mask; do \
+         printf '%s %x\\n' $name $((0x$mask & 0x7fffffff)); done";
     look(t.container(&pod, "signals"), "signals", signals).await?;
     // The others follow the machine's memory.
     let limits = "grep -E 'cpu time|file size|core file|address space|file locks|nice|realtime|stack' /proc/self/limits";
@@ -151,8 +152,8 @@ async fn view_of_limits_and_signals_is_that_of_runc(t: &Context) -> Result<()> {
 async fn view_of_the_network_is_that_of_runc(t: &Context) -> Result<()> {
     const NETWORK: &str = "for l in $(ls /sys/class/net | sort); do echo $l \
          $(cat /sys/class/net/$l/mtu) $(cat /sys/class/net/$l/flags); done; \
-         ip -4 route | sort; ip -6 route | grep -v '^multicast' | sed 's/ expires.*//' | sort; \
-         ip -o -4 addr | awk '{print $2, $4, $9}'; ip -o -6 addr | grep -v fe80 | awk '{print $2, $4, $6}'";
+         ip -4 route | sort; ip -6 route | grep -vE '^(multicast|fe80)' | sed 's/ expires.*//' | sort; \
+         ip -o -4 addr | awk '{print $2, $4}'; ip -o -6 addr | grep -v fe80 | awk '{print $2, $4}'";
     let pod = t.ready_pod().await?;
     look(t.container(&pod, "main"), "network", NETWORK).await?;
     let sysctls = "cd /proc/sys/net/ipv4; for f in ip_unprivileged_port_start ping_group_range \

@@ -10,5 +10,53 @@ pub(crate) struct Difference {
     pub(crate) why: &'static str,
 }
 
+const FLOOR: &str = "no process of a container is without a seccomp filter: AF_VSOCK, AF_ALG and io_uring are closed \
+     to all, so that nobody poses as the agent";
+const MOUNTS: &str = "files come from the node by virtio-fs, which is mounted `nodev`: a device file there opens nothing. \
+     And which files of /proc there are to be masked is the guest's kernel's choice";
+const KERNEL: &str =
+    "the guest's kernel has no ACPI, and has the key of SysRq that the node's may lack";
+
 /// All of them. One that is none any more fails its case.
-pub(crate) const DIFFERENCES: &[Difference] = &[];
+pub(crate) const DIFFERENCES: &[Difference] = &[
+    Difference {
+        case: "view_of_rights_is_that_of_runc",
+        what: "default, init",
+        why: FLOOR,
+    },
+    Difference {
+        case: "view_of_rights_is_that_of_runc",
+        what: "default, exec",
+        why: FLOOR,
+    },
+    Difference {
+        case: "view_of_rights_is_that_of_runc",
+        what: "unconfined with other capabilities, init",
+        why: FLOOR,
+    },
+    Difference {
+        case: "view_of_rights_is_that_of_runc",
+        what: "unconfined with other capabilities, exec",
+        why: FLOOR,
+    },
+    Difference {
+        case: "view_of_mounts_is_that_of_runc",
+        what: "mounts, init",
+        why: MOUNTS,
+    },
+    Difference {
+        case: "view_of_mounts_is_that_of_runc",
+        what: "mounts, exec",
+        why: MOUNTS,
+    },
+    Difference {
+        case: "view_of_devices_is_that_of_runc",
+        what: "masked, init",
+        why: KERNEL,
+    },
+    Difference {
+        case: "view_of_devices_is_that_of_runc",
+        what: "masked, exec",
+        why: KERNEL,
+    },
+];
