@@ -13,12 +13,12 @@ ITS_OWN="cgroup_below vsock_connect vsock_guest vsock_context vsock_killed vsock
 # A killed shim is among its own. A stop and a dead VMM find streams in use: load_stopped has more of them than such a
 # node serves in time on a busy machine.
 SMOKE="--handler podhull-sandbox lifecycle_stop_and_remove_end exec_exit attach_reaches forward_reaches forward_ends
-  dead_vmm_ends confinement_kernel_command_line $ITS_OWN"
+  cgroup_limits_are dead_vmm_ends confinement_kernel_command_line $ITS_OWN"
 # Not network_large: 32 MB take longer here (0.3 MB/s) than an exec may.
 FILTER=${FILTER:-$ITS_OWN lifecycle_stop exec_commands exec_exit exec_by exec_end exec_idle exec_first exec_under exec_much
   attach_reaches attach_again attach_across network_addresses network_containers network_pods network_host confinement_
   forward_reaches forward_to forward_of_a_hundred forward_half_closed_goes forward_reset forward_ends stranger_
-  load_stopped load_that load_on_a_frozen fault_killed fault_frozen dead_vmm_ends hung_shim
+  cgroup_limits load_stopped load_that load_on_a_frozen fault_killed fault_frozen dead_vmm_ends hung_shim
   node_guest_that node_without_kvm}
 # With two, VMs of the node crash or stall now and then (tests/README.md).
 CPUS=1

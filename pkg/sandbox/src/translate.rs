@@ -222,6 +222,10 @@ fn strip_host(oci: &mut Spec) {
         if let Some(resources) = linux.resources_mut() {
             // All are zero: what asks for some was refused.
             resources.set_hugepage_limits(None);
+            // There is no swap in a guest, nor a file to limit it by.
+            if let Some(memory) = resources.memory_mut() {
+                memory.set_swap(None);
+            }
         }
         // Said of the host's mounts; what the guest shows of them follows by
         // itself.

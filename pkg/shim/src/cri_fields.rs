@@ -87,7 +87,10 @@ const CONTAINER_FIELDS: &[Field] = &[
     ),
     ("resources.hugepage_limits[].limit", Refused(HUGE)),
     ("resources.unified", Honoured),
-    ("resources.memory_swap_limit_in_bytes", Honoured),
+    (
+        "resources.memory_swap_limit_in_bytes",
+        NoMeaning("a guest has no swap"),
+    ),
     ("security_context.capabilities", Honoured),
     ("security_context.privileged", Honoured),
     ("security_context.namespace_options", Honoured),

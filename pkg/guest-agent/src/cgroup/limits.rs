@@ -61,20 +61,13 @@ fn limit(value: i64) -> String {
     }
 }
 
+/// Swap is left out: a guest has none, nor a file for it.
 fn memory(memory: &LinuxMemory, writes: &mut Vec<Write>) {
     if let Some(bytes) = memory.limit() {
         writes.push(Write::new("memory.max", limit(bytes)));
     }
     if let Some(bytes) = memory.reservation() {
         writes.push(Write::new("memory.low", limit(bytes)));
-    }
-    // OCI's figure is of memory and swap together, the kernel's of swap alone.
-    if let (Some(both), limit_bytes) = (memory.swap(), memory.limit().unwrap_or(0)) {
-        let swap = match (both, limit_bytes) {
-            (..=-1, _) | (_, ..=-1) => limit(-1),
-            (both, limit_bytes) => both.saturating_sub(limit_bytes).max(0).to_string(),
-        };
-        writes.push(Write::new("memory.swap.max", swap));
     }
 }
 
@@ -138,7 +131,7 @@ mod tests {
     #[test]
     fn every_limit_has_its_file() {
         let writes = written(serde_json::json!({
-            "memory": { "limit": 1000, "reservation": 500, "swap": 1500 },
+            "memory": { "limit": 1000, "reservation": 500 },
             "cpu": { "shares": 1024, "quota": 50_000, "burst": 10, "idle": 1,
                      "cpus": "0", "mems": "0" },
             "pids": { "limit": -1 },
@@ -147,7 +140,6 @@ mod tests {
         let expected = [
             ("memory.max", "1000"),
             ("memory.low", "500"),
-            ("memory.swap.max", "500"),
             ("cpu.weight", "100"),
             ("cpu.idle", "1"),
             ("cpu.max", "50000 100000"),
@@ -171,14 +163,9 @@ mod tests {
     }
 
     #[test]
-    fn unlimited_memory_has_unlimited_swap() {
-        for memory in [
-            serde_json::json!({ "limit": 1000, "swap": -1 }),
-            serde_json::json!({ "limit": -1, "swap": -1 }),
-        ] {
-            let writes = written(serde_json::json!({ "memory": memory }));
-            assert_eq!(writes[1], ("memory.swap.max".into(), "max".into()));
-        }
+    fn swap_that_a_guest_does_not_have_is_not_limited() {
+        let memory = serde_json::json!({ "memory": { "limit": 1000, "swap": 1500 } });
+        assert_eq!(written(memory), [("memory.max".into(), "1000".into())]);
     }
 
     #[test]

@@ -80,7 +80,10 @@ pub const OCI_FIELDS: &[Field] = &[
     ("linux.resources.devices", Honoured),
     ("linux.resources.memory.limit", Honoured),
     ("linux.resources.memory.reservation", Honoured),
-    ("linux.resources.memory.swap", Honoured),
+    (
+        "linux.resources.memory.swap",
+        NoMeaning("a guest has no swap"),
+    ),
     ("linux.resources.memory.kernel", NoMeaning(IGNORED_V2)),
     ("linux.resources.memory.kernelTCP", NoMeaning(IGNORED_V2)),
     ("linux.resources.memory.swappiness", NoMeaning(IGNORED_V2)),

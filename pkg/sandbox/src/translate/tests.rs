@@ -70,6 +70,19 @@ fn what_is_the_hosts_is_stripped() {
 }
 
 #[test]
+fn swap_that_a_guest_does_not_have_is_not_limited() {
+    let memory = serde_json::json!({ "limit": 1000, "swap": 1000 });
+    let mut oci = spec(serde_json::json!({
+        "ociVersion": "1.0.2",
+        "linux": { "resources": { "memory": memory } },
+    }));
+    strip_host(&mut oci);
+    let linux = oci.linux().as_ref().unwrap();
+    let memory = linux.resources().as_ref().unwrap().memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap()), (Some(1000), None));
+}
+
+#[test]
 fn only_files_that_were_given_replace_sources() {
     let files = PodFiles {
         hosts: Some("127.0.0.1 x".into()),
