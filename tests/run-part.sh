@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # `make test-all PART=…`: what takes too long for `make test`.
 #   cri            the whole CRI suite on containerd 1.6 and 2.4
 #   cri-others     the same on 1.7 and 2.1
@@ -7,9 +8,8 @@
 #   debian-kernel  core cases of the CRI suite in guests with Debian's kernel instead of our own
 #   heavy          cases of the CRI suite that move or do more than usual: 1 GiB, 1,000 execs, a guest frozen for 30 s
 #   kvm-smoke      a few cases of the next part: a stage of `make test`
-#   miri           what holds bytes without a socket, under Miri: the codec and the buffers; needs its nightly
 #   kvm            the CRI suite on a node with real KVM, vhost-vsock and cgroup v2, inside an emulated machine
-# SPDX-License-Identifier: Apache-2.0
+#   miri           what holds bytes without a socket, under Miri: the codec and the buffers; needs its nightly
 . "$(dirname "$0")/setup/lib.sh"
 cd "$ROOT"
 

@@ -108,7 +108,7 @@ async fn boot(programs: &Programs) -> Result<Guest> {
         .with_context(|| format!("the guest does not come: {}", vm.console_tail()))??;
     let token = Token::from_bytes([7; Token::LEN]);
     welcome(&control, &token, by).await?;
-    clean(&ready.close(by).await)?;
+    clean(&ready.close())?;
     Ok(Guest { vm, token, control })
 }
 

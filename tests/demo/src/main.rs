@@ -16,7 +16,7 @@ mod tour;
 use std::env;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use podhull_testkit::programs::Programs;
 use podhull_testkit::{Node, Release, evidence, namespaces};
 use screen::Screen;
