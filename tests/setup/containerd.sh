@@ -7,16 +7,26 @@
 DEFAULT=2.4.2
 PROGRAMS=(containerd ctr containerd-shim-runc-v2)
 
-# 2.x has its programs where `go install` finds them.
-install_2() {
-  local version=$1 module=github.com/containerd/containerd/v2 wanted
+module_of() { # VERSION
+  case $1 in
+    1.*) echo github.com/containerd/containerd ;;
+    *) echo github.com/containerd/containerd/v2 ;;
+  esac
+}
+
+# by_name VERSION: from where `go install` finds them.
+by_name() {
+  local version=$1 module wanted
+  module=$(module_of "$version")
   wanted=("${PROGRAMS[@]/#/$module/cmd/}")
   GOBIN=$staging go install -trimpath -modcacherw -ldflags "-s -w -X $module/version.Version=v$version" "${wanted[@]/%/@v$version}"
 }
 
-# 1.7 excludes versions of others in its go.mod, for which `go install` refuses it: a module of our own requires it.
-install_1() {
-  local version=$1 module=github.com/containerd/containerd program
+# by_requirement VERSION: some releases exclude versions of others in their go.mod, for which `go install` refuses them. A
+# module of our own requires them.
+by_requirement() {
+  local version=$1 module program
+  module=$(module_of "$version")
   mkdir "$staging/module"
   (
     cd "$staging/module"
@@ -45,7 +55,10 @@ build() {
   staging "containerd-$version"
   # Only whole programs reach $bin: a run that was interrupted leaves nothing half-made there. The modules can be
   # removed as other files can.
-  "install_${version%%.*}" "$version" || die "containerd $version cannot be built"
+  case $version in
+    2.4.*) by_name "$version" ;;
+    *) by_requirement "$version" ;;
+  esac || die "containerd $version cannot be built"
   mkdir -p "$bin"
   mv "$staging"/* "$bin/"
 }

@@ -82,8 +82,9 @@ async fn exec_by_kubernetes_client_works(t: &Context) -> Result<()> {
             resized: Some((90, 30)),
             ..stdin
         };
-        let script = "until [ \"$(stty size)\" = '43 132' ]; do sleep 0.1; done; echo sized; \
-            until [ \"$(stty size)\" = '30 90' ]; do sleep 0.1; done; \
+        // A terminal has no size, and stty says so, until its first one arrives.
+        let script = "of() { until [ \"$(stty size 2>/dev/null)\" = \"$1\" ]; do sleep 0.1; done; }; \
+            of '43 132'; echo sized; of '30 90'; \
             test -t 0 && test -t 2 && read line && echo $line on a terminal; exit 5";
         let command = ["sh", "-c", script];
         let mut child = exec(t, &container, tty, &command).await?.spawn()?;
