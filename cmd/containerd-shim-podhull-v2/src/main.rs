@@ -42,7 +42,7 @@ fn run() -> anyhow::Result<()> {
                 .context("start the runtime")?;
             answer(&runtime.block_on(delete::delete(&args, &bundle, &program))?)
         }
-        Action::Serve => Ok(server::serve(&args, program)?),
+        Action::Serve => Ok(server::serve(&args)?),
     }
 }
 

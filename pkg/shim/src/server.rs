@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,8 @@ const HANG_UP: Duration = Duration::from_secs(2);
 /// The names of the Task service: the methods are the same.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
+/// What this process is, also once another version has taken its file's place.
+const SELF: &str = "/proc/self/exe";
 
 /// Serves the pod `args.id` until containerd ends it. Called in a process of
 /// its own with one thread, whose standard input is the listening socket and
@@ -50,9 +52,9 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 ///
 /// # Errors
 /// What kept it from serving; `start` has been told.
-pub fn serve(args: &Args, program: PathBuf) -> Result<(), ShimError> {
+pub fn serve(args: &Args) -> Result<(), ShimError> {
     let mut says = standard_output().map_err(ShimError::system("take standard output"))?;
-    match prepare(args, program) {
+    match prepare(args) {
         Ok((runtime, prepared)) => runtime.block_on(run(prepared, says)),
         Err(error) => {
             says.write_all(chain(&error).as_bytes())
@@ -80,10 +82,7 @@ struct Prepared {
     started: Instant,
 }
 
-fn prepare(
-    args: &Args,
-    program: PathBuf,
-) -> Result<(tokio::runtime::Runtime, Prepared), ShimError> {
+fn prepare(args: &Args) -> Result<(tokio::runtime::Runtime, Prepared), ShimError> {
     let called = std::env::var(CALLED).ok();
     // Run by hand, it is called now.
     let started = called
@@ -116,7 +115,7 @@ fn prepare(
         run_dir,
         runtime: Arc::new(Runtime {
             config,
-            helper: program,
+            helper: SELF.into(),
             metrics,
         }),
         started,

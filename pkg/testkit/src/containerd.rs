@@ -5,7 +5,7 @@ mod cni;
 mod config;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -26,6 +26,14 @@ use crate::programs::Programs;
 /// containerd's log, in the node's folder.
 pub(crate) const LOG: &str = "containerd.log";
 const SOCKET: &str = "/run/containerd/containerd.sock";
+const ROOT: &str = "/var/lib/containerd";
+const STATE: &str = "/run/containerd";
+/// What of its state 1.x does not know.
+const STATE_OF_2: [&str; 3] = [
+    "/run/containerd/io.containerd.mount-manager.v1.bolt",
+    "/run/containerd/io.containerd.sandbox.controller.v1.shim",
+    "/run/nri",
+];
 const CONFIG: &str = "/etc/containerd/config.toml";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const STOP_WITHIN: Duration = Duration::from_secs(20);
@@ -118,6 +126,7 @@ impl Release {
 pub struct Containerd {
     release: Release,
     programs: Programs,
+    folder: PathBuf,
     log: PathBuf,
     child: Option<Child>,
     client: Client,
@@ -139,12 +148,13 @@ impl Containerd {
         let mut containerd = Self {
             release,
             programs: programs.clone(),
+            folder: folder.into(),
             log: folder.join(LOG),
             child: None,
             client: Client::new(Path::new(SOCKET))?,
         };
         containerd.spawn().await?;
-        containerd.import(folder).await?;
+        containerd.import().await?;
         Ok(containerd)
     }
 
@@ -273,8 +283,8 @@ impl Containerd {
         }
     }
 
-    async fn import(&mut self, folder: &Path) -> Result<()> {
-        let archive = folder.join("images.tar");
+    async fn import(&mut self) -> Result<()> {
+        let archive = self.folder.join("images.tar");
         image::write_archive(&archive)?;
         let archive_name = archive.to_string_lossy();
         self.ctr(&["images", "import", &archive_name]).await?;
@@ -362,18 +372,72 @@ impl Containerd {
         self.spawn().await
     }
 
+    /// Starts `release` after [`Containerd::stop`], with all that the one before
+    /// has left: an upgrade.
+    ///
+    /// # Errors
+    /// If it does not become ready.
+    pub async fn start_again_as(&mut self, release: Release) -> Result<()> {
+        write(CONFIG, &config::containerd(release, Path::new(SOCKET)))?;
+        self.release = release;
+        self.start_again().await
+    }
+
+    /// Starts `release` after [`Containerd::stop`] with nothing of what was there
+    /// but the folders of its state. Pods must be gone.
+    ///
+    /// # Errors
+    /// If something cannot be removed, or it does not become ready.
+    pub async fn start_anew_as(&mut self, release: Release) -> Result<()> {
+        empty(ROOT)?;
+        for folder in STATE_OF_2 {
+            match fs::remove_dir_all(folder) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.with_context(|| format!("remove {folder}"))?,
+            }
+        }
+        install_shim(&self.programs)?;
+        self.start_again_as(release).await?;
+        self.import().await
+    }
+
+    /// Puts another file with the same shim in the place of the one that
+    /// containerd finds, as an upgrade of its package does.
+    ///
+    /// # Errors
+    /// If it cannot be replaced.
+    pub fn replace_shim(&self) -> Result<()> {
+        install_shim(&self.programs)
+    }
+
     fn log_tail(&self) -> String {
         evidence::last(&self.log(), 15)
     }
 }
 
-/// Puts the shim where containerd finds it by name: the opt plugin's `bin`.
+/// Puts the shim where containerd finds it by name: the opt plugin's `bin`. One
+/// that is there already may run: its file goes, and another comes.
 fn install_shim(programs: &Programs) -> Result<()> {
     let bin = Path::new(config::OPT).join("bin");
     fs::create_dir_all(&bin).context("create containerd's opt folder")?;
     if programs.shim.exists() {
-        fs::copy(&programs.shim, bin.join("containerd-shim-podhull-v2"))
-            .context("copy the shim")?;
+        let new = bin.join(".new");
+        fs::copy(&programs.shim, &new).context("copy the shim")?;
+        fs::rename(new, bin.join("containerd-shim-podhull-v2")).context("place the shim")?;
+    }
+    Ok(())
+}
+
+/// Removes what is in `folder`, which is a mount of the node's and stays.
+fn empty(folder: &str) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("look into {folder}"))? {
+        let path = entry?.path();
+        let removed = if path.is_dir() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.with_context(|| format!("remove {}", path.display()))?;
     }
     Ok(())
 }

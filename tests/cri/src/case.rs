@@ -82,6 +82,8 @@ impl On {
     pub(crate) const TWICE_BUT_RUNC_16: Self = Self(2 | 4 | 16);
     /// The same without runc.
     pub(crate) const PODHULL_TWICE: Self = Self(4 | 16);
+    /// Where containerd is 1.x: runc, and podhull.
+    pub(crate) const RUNC_AND_PAUSE_1: Self = Self(1 | 4);
     /// What depends neither on containerd nor on the handler.
     pub(crate) const ONCE: Self = Self(1 | 2 | 16);
     /// The same without runc.

@@ -42,6 +42,7 @@ mod stream_exec;
 mod stream_frozen;
 mod stream_load;
 mod task;
+mod upgrade;
 mod view;
 mod vsock;
 mod vsock_id;
@@ -94,6 +95,7 @@ pub(crate) fn all() -> Vec<Case> {
         restart::cases(),
         node::cases(),
         shim::cases(),
+        upgrade::cases(),
     ]
     .concat()
 }

@@ -5,7 +5,7 @@
 use std::env;
 use std::path::Path;
 
-use super::Release;
+use super::{ROOT, Release, STATE};
 use crate::image::PAUSE;
 use crate::programs::Programs;
 
@@ -63,8 +63,8 @@ pub(super) fn containerd(release: Release, socket: &Path) -> String {
     };
     let mut text = format!(
         r#"version = {version}
-root = "/var/lib/containerd"
-state = "/run/containerd"
+root = "{ROOT}"
+state = "{STATE}"
 [grpc]
   address = "{}"
 [plugins."io.containerd.internal.v1.opt"]

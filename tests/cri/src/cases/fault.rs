@@ -44,7 +44,11 @@ async fn ends(pod: &Pod, container: &Container, processes: &Processes) -> Result
 }
 
 /// The same; gives the container's exit code.
-async fn has_ended(pod: &Pod, container: &Container, processes: &Processes) -> Result<i32> {
+pub(super) async fn has_ended(
+    pod: &Pod,
+    container: &Container,
+    processes: &Processes,
+) -> Result<i32> {
     // The shim may stay until the pod is removed: somebody may ask it.
     processes.vm_gone(NOTICED_WITHIN).await?;
     let status = container.exited(NOTICED_WITHIN).await?;

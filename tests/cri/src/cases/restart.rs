@@ -25,13 +25,18 @@ cases! {
 
 const WITHIN: Duration = Duration::from_secs(30);
 
-async fn restart(t: &Context, with: Signal) -> Result<()> {
+pub(super) async fn restart(t: &Context, with: Signal) -> Result<()> {
     let mut containerd = t.containerd_mut().await;
     containerd.stop(with).await?;
     containerd.start_again().await
 }
 
-async fn pods_go_on(t: &Context, with: Signal) -> Result<()> {
+/// A pod with a container that writes lines goes on over what `restart` does to
+/// containerd.
+pub(super) async fn pods_go_on(
+    t: &Context,
+    restart: impl AsyncFnOnce(&Context) -> Result<()>,
+) -> Result<()> {
     let pod = t.ready_pod().await?;
     let container = t
         .container(&pod, "main")
@@ -40,7 +45,7 @@ async fn pods_go_on(t: &Context, with: Signal) -> Result<()> {
         .await?;
     container.wrote("line 3", WITHIN).await?;
     let boot = boot_id(&container).await?;
-    restart(t, with).await?;
+    restart(t).await?;
     ensure!(pod.is_ready().await?, "the pod is no longer Ready");
     same!(
         container.status().await?.state(),
@@ -66,11 +71,11 @@ async fn pods_go_on(t: &Context, with: Signal) -> Result<()> {
 }
 
 async fn restart_by_sigterm_leaves_pods_running(t: &Context) -> Result<()> {
-    pods_go_on(t, Signal::SIGTERM).await
+    pods_go_on(t, async |t| restart(t, Signal::SIGTERM).await).await
 }
 
 async fn restart_by_sigkill_leaves_pods_running(t: &Context) -> Result<()> {
-    pods_go_on(t, Signal::SIGKILL).await
+    pods_go_on(t, async |t| restart(t, Signal::SIGKILL).await).await
 }
 
 async fn restart_keeps_the_exit_code_of_meanwhile(t: &Context) -> Result<()> {
