@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use podhull_types::{BootTimes, SandboxId};
@@ -114,6 +114,33 @@ impl RunDir {
         self.0.join("shim.json")
     }
 
+    /// The FIFOs of streams that containerd opens at the shim's socket.
+    #[must_use]
+    pub fn streams(&self) -> PathBuf {
+        self.0.join("streams")
+    }
+
+    /// Removes what a shim left in the folder of its FIFOs, and the folder.
+    fn remove_streams(&self) -> Result<(), SandboxError> {
+        let folder = self.streams();
+        let failed = |source| SandboxError::File {
+            what: "look into",
+            path: folder.clone(),
+            source,
+        };
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            if entry.file_type().map_err(failed)?.is_fifo() {
+                remove(&entry.path(), fs::remove_file)?;
+            }
+        }
+        remove(&folder, fs::remove_dir)
+    }
+
     fn failed(&self, what: &'static str, source: io::Error) -> SandboxError {
         SandboxError::File {
             what,
@@ -172,6 +199,7 @@ impl RunDir {
     /// [`SandboxError::File`] naming what could not be removed.
     pub fn remove(&self) -> Result<(), SandboxError> {
         self.release()?;
+        self.remove_streams()?;
         for name in SHIM_FILES {
             remove(&self.0.join(name), fs::remove_file)?;
         }
@@ -223,6 +251,22 @@ mod tests {
         assert!(stranger.exists());
         fs::remove_file(&stranger).unwrap();
         run_dir.remove().unwrap();
+        run_dir.remove().unwrap();
+        assert!(!run_dir.path().exists());
+    }
+
+    #[test]
+    fn remove_takes_fifos_of_streams_and_no_file() {
+        let root = tempfile::tempdir().unwrap();
+        let run_dir = run_dir(root.path());
+        fs::create_dir_all(run_dir.streams()).unwrap();
+        let fifo = run_dir.streams().join("c1-stdout");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let stranger = run_dir.streams().join("precious");
+        fs::write(&stranger, "x").unwrap();
+        assert!(run_dir.remove().is_err());
+        assert!(stranger.exists() && !fifo.exists());
+        fs::remove_file(&stranger).unwrap();
         run_dir.remove().unwrap();
         assert!(!run_dir.path().exists());
     }

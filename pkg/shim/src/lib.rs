@@ -11,7 +11,7 @@
 //! writes nothing to standard output: what containerd reads is returned.
 //!
 //! Reading order: [`args`], [`bootstrap`], [`server`], `shim`, `task_service`,
-//! `sandbox_service`, `bundle`, `address`, `cri`, `publisher`, `status`.
+//! `sandbox_service`, `streaming`, `bundle`, `address`, `cri`, `publisher`, `status`.
 
 mod address;
 pub mod args;
@@ -34,6 +34,7 @@ pub mod server;
 mod shim;
 mod stats;
 mod status;
+mod streaming;
 mod task_service;
 mod wire;
 

@@ -38,6 +38,8 @@ use crate::task_service::TaskService;
 const IDLE: Duration = Duration::from_secs(120);
 /// Time for the last events to reach containerd.
 const LAST_EVENTS: Duration = Duration::from_secs(3);
+/// Time for streams to be read and to end.
+const LAST_STREAMS: Duration = Duration::from_secs(2);
 /// Time for containerd to hang up after its last answer.
 const HANG_UP: Duration = Duration::from_secs(2);
 /// The names of the Task service: the methods are the same.
@@ -180,6 +182,7 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
         never = metrics::serve(&readers, &numbers) => match never {},
     }
     shim.release(Deadline::after(stop_timeout)).await;
+    shim.streams.end(Deadline::after(LAST_STREAMS)).await;
     publisher.finish(Deadline::after(LAST_EVENTS)).await;
     server.stop_listen().await;
     open.close();
@@ -201,7 +204,11 @@ fn server(
 ) -> Result<Server, ShimError> {
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(ShimError::system("watch the socket"))?;
-    let mut server = Server::new().add_listener(connections::accept(listener, open));
+    let mut server = Server::new().add_listener(connections::accept(
+        listener,
+        open,
+        Arc::clone(&shim.streams),
+    ));
     for service in services(shim) {
         server = server.register_service(service);
     }

@@ -7,13 +7,16 @@ use std::time::{Instant, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::topics;
-use podhull_sandbox::{EventSink, Runtime, Sandbox, SandboxError, SandboxEvent, SandboxSpec};
+use podhull_sandbox::{
+    EventSink, RunDir, Runtime, Sandbox, SandboxError, SandboxEvent, SandboxSpec,
+};
 use podhull_types::{ContainerId, Deadline, ProcessRef, SandboxId};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::ShimError;
 use crate::publisher::Publisher;
+use crate::streaming::Streams;
 use crate::wire::timestamp;
 
 /// Where the process's sandbox is in its life.
@@ -33,6 +36,7 @@ pub(crate) struct Shim {
     pub(crate) namespace: String,
     pub(crate) id: SandboxId,
     pub(crate) publisher: Arc<Publisher>,
+    pub(crate) streams: Arc<Streams>,
     /// When containerd called `start`.
     pub(crate) started: Instant,
     /// Cancelled when the process is to end.
@@ -54,10 +58,12 @@ impl Shim {
         publisher: Arc<Publisher>,
         started: Instant,
     ) -> Arc<Self> {
+        let run_dir = RunDir::of(&runtime.config.run_dir, &namespace, &id);
         Arc::new(Self {
             namespace,
             id,
             publisher,
+            streams: Streams::new(&run_dir),
             started,
             ending: CancellationToken::new(),
             booting: TaskTracker::new(),
@@ -216,8 +222,10 @@ pub(crate) async fn detached<T: Send + 'static>(
 /// Passes on what happens in the sandbox, in its order.
 fn forward(shim: &Arc<Shim>) -> EventSink {
     let publisher = Arc::clone(&shim.publisher);
+    let streams = Arc::clone(&shim.streams);
     EventSink::new(move |event| match event {
         SandboxEvent::Exited { process, pid, exit } => {
+            streams.ended(&process);
             let container = process.container.to_string();
             let event = TaskExit {
                 id: process

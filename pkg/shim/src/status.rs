@@ -6,6 +6,7 @@ use podhull_types::{IdError, chain};
 use ttrpc::Code;
 
 use crate::error::ShimError;
+use crate::streaming::StreamError;
 
 /// Codes as containerd's `errdefs` reads them.
 fn code(kind: ErrorKind) -> Code {
@@ -55,6 +56,23 @@ impl From<IdError> for ShimError {
     fn from(error: IdError) -> Self {
         Self::Sandbox(SandboxError::Id(error))
     }
+}
+
+/// The answer to a stream that is not opened.
+pub(crate) fn stream_status(error: &StreamError) -> ttrpc::proto::Status {
+    let code = match error {
+        StreamError::Id(_) => Code::NOT_FOUND,
+        StreamError::Method(_) => Code::UNIMPLEMENTED,
+        StreamError::Fifo(_) => Code::INTERNAL,
+        StreamError::Gone
+        | StreamError::Unexpected(_)
+        | StreamError::Window(_)
+        | StreamError::Overrun(_)
+        | StreamError::Garbled(_)
+        | StreamError::Frame(_)
+        | StreamError::Ttrpc(_) => Code::INVALID_ARGUMENT,
+    };
+    ttrpc::get_status(code, chain(error))
 }
 
 /// The answer to what podhull does not offer.

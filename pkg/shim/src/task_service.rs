@@ -30,7 +30,8 @@ use ttrpc::r#async::TtrpcContext;
 use crate::error::ShimError;
 use crate::shim::{Shim, detached};
 use crate::status::{reply, unimplemented};
-use crate::wire::{any, json, path_text, process, rootfs, stdio, timestamp};
+use crate::streaming::Uris;
+use crate::wire::{any, json, path_text, process, rootfs, timestamp};
 use crate::{bundle, stats};
 
 /// containerd gives a Delete 10 s; output that is still on its way gets most.
@@ -53,25 +54,30 @@ impl TaskService {
             path: folder.join("config.json"),
             source: std::io::ErrorKind::NotFound.into(),
         })?;
-        let stdio = stdio(
-            &request.stdin,
-            &request.stdout,
-            &request.stderr,
-            request.terminal,
-        )?;
+        let id = process(&request.id, "")?;
+        let uris = Uris {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+        };
+        let claim = self.0.streams.claim(&id, uris, request.terminal)?;
         if bundle::is_sandbox(&oci) {
             let shim = &self.0;
             let spec = bundle::sandbox_spec(&shim.namespace, &shim.id, &oci, shim.started)?;
-            return Ok(shim.boot(spec).await?.create_pause(stdio)?);
+            let pid = shim.boot(spec).await?.create_pause(claim.stdio())?;
+            claim.start();
+            return Ok(pid);
         }
         let sandbox = self.0.sandbox()?;
         let spec = ContainerSpec {
-            id: ContainerId::new(request.id.as_str())?,
+            id: id.container,
             oci,
             rootfs: rootfs(&request.rootfs),
-            stdio,
+            stdio: claim.stdio(),
         };
-        Ok(sandbox.create_container(spec).await?)
+        let pid = sandbox.create_container(spec).await?;
+        claim.start();
+        Ok(pid)
     }
 
     async fn create_and_tell(&self, request: CreateTaskRequest) -> Result<u32, ShimError> {
@@ -134,7 +140,9 @@ impl TaskService {
 
     async fn delete_process(&self, id: ProcessRef) -> Result<DeleteResponse, ShimError> {
         let sandbox = self.0.sandbox()?;
-        let deleted = sandbox.delete(&id, Deadline::after(DELETE)).await?;
+        let by = Deadline::after(DELETE);
+        let deleted = sandbox.delete(&id, by).await?;
+        self.0.streams.finish(&id, by).await;
         let exited_at = timestamp(deleted.exit.at);
         if id.exec.is_none() {
             let event = TaskDelete {
@@ -162,13 +170,15 @@ impl TaskService {
         };
         let exec_id = exec_id.to_string();
         let spec = json("spec", &request.spec)?;
-        let stdio = stdio(
-            &request.stdin,
-            &request.stdout,
-            &request.stderr,
-            request.terminal,
-        )?;
-        self.0.sandbox()?.create_exec(id, spec, stdio).await?;
+        let uris = Uris {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        };
+        let claim = self.0.streams.claim(&id, uris, request.terminal)?;
+        let sandbox = self.0.sandbox()?;
+        sandbox.create_exec(id, spec, claim.stdio()).await?;
+        claim.start();
         let event = TaskExecAdded {
             container_id: request.id,
             exec_id,
@@ -179,9 +189,17 @@ impl TaskService {
         Ok(())
     }
 
-    fn state_of(&self, request: &StateRequest) -> Result<StateResponse, ShimError> {
+    async fn state_of(&self, request: &StateRequest) -> Result<StateResponse, ShimError> {
         let id = process(&request.id, &request.exec_id)?;
         let state = self.0.sandbox()?.state(&id)?;
+        if matches!(state.status, Status::Stopped) {
+            self.0.streams.read(&id).await;
+        }
+        let uris = self.0.streams.uris(&id).unwrap_or_else(|| Uris {
+            stdin: path_text(state.stdio.stdin.as_ref()),
+            stdout: path_text(state.stdio.stdout.as_ref()),
+            stderr: path_text(state.stdio.stderr.as_ref()),
+        });
         let status = match state.status {
             Status::Created => TaskStatus::CREATED,
             Status::Running => TaskStatus::RUNNING,
@@ -193,9 +211,9 @@ impl TaskService {
             exec_id: request.exec_id.clone(),
             pid: state.pid,
             status: status.into(),
-            stdin: path_text(state.stdio.stdin.as_ref()),
-            stdout: path_text(state.stdio.stdout.as_ref()),
-            stderr: path_text(state.stdio.stderr.as_ref()),
+            stdin: uris.stdin,
+            stdout: uris.stdout,
+            stderr: uris.stderr,
             terminal: state.stdio.terminal,
             exit_status: state.exit.map_or(0, |exit| exit.code.into()),
             exited_at: state
@@ -298,7 +316,7 @@ impl Shim {
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        reply(self.state_of(&request))
+        reply(self.state_of(&request).await)
     }
 
     async fn create(

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use podhull_sandbox::{RootfsMount, SandboxError, Stdio};
+use podhull_sandbox::{RootfsMount, SandboxError};
 use podhull_types::{ContainerId, ExecId, ProcessRef};
 use serde::de::DeserializeOwned;
 
@@ -31,42 +31,6 @@ pub(crate) fn process(id: &str, exec_id: &str) -> Result<ProcessRef, ShimError> 
         return Ok(ProcessRef::init(container));
     }
     Ok(ProcessRef::exec(container, ExecId::new(exec_id)?))
-}
-
-/// A FIFO's path. Other schemes run programs or write files on the host, and
-/// are refused.
-fn fifo(field: &str, uri: &str) -> Result<Option<std::path::PathBuf>, ShimError> {
-    if uri.is_empty() {
-        return Ok(None);
-    }
-    let path = match uri.split_once("://") {
-        None => uri,
-        Some(("fifo", path)) => path,
-        Some((scheme, _)) => {
-            let reason = format!("scheme {scheme} is refused: only FIFOs are accepted");
-            return Err(SandboxError::refused(field, reason).into());
-        }
-    };
-    if !path.starts_with('/') {
-        return Err(SandboxError::refused(field, format!("{path:?} is no absolute path")).into());
-    }
-    Ok(Some(path.into()))
-}
-
-/// The streams of a process. A terminal has no standard error of its own.
-pub(crate) fn stdio(
-    stdin: &str,
-    stdout: &str,
-    stderr: &str,
-    terminal: bool,
-) -> Result<Stdio, ShimError> {
-    let stderr = fifo("stderr", stderr)?.filter(|_| !terminal);
-    Ok(Stdio {
-        stdin: fifo("stdin", stdin)?,
-        stdout: fifo("stdout", stdout)?,
-        stderr,
-        terminal,
-    })
 }
 
 /// A path as containerd has it; empty if there is none.
@@ -96,21 +60,6 @@ pub(crate) fn json<T: DeserializeOwned>(field: &str, any: &Any) -> Result<T, Shi
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_fifos_are_accepted() {
-        let streams = stdio("/a", "/b", "/c", false).unwrap();
-        assert_eq!(streams.stderr, Some("/c".into()));
-        assert_eq!(stdio("", "/b", "/c", true).unwrap().stderr, None);
-        for uri in ["binary:///bin/sh?x", "file:///etc/passwd", "relative"] {
-            let error = stdio("", uri, "", false).unwrap_err().to_string();
-            assert!(error.contains("stdout"), "{error}");
-        }
-        assert_eq!(
-            stdio("", "fifo:///a", "", false).unwrap().stdout,
-            Some("/a".into())
-        );
-    }
 
     #[test]
     fn an_empty_exec_id_is_the_init_process() {

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
 pub use cni::{BRIDGE, Cni, LINKS_V4, LINKS_V6, SUBNET_V4, SUBNET_V6};
-pub use config::{FORGETFUL, podhull as podhull_config};
+pub use config::{FORGETFUL, STREAMING, podhull as podhull_config};
 
 use crate::cri::Client;
 use crate::evidence;

@@ -41,6 +41,7 @@ mod stream_ends;
 mod stream_exec;
 mod stream_frozen;
 mod stream_load;
+mod streaming;
 mod task;
 mod upgrade;
 mod view;
@@ -80,6 +81,7 @@ pub(crate) fn all() -> Vec<Case> {
         stranger_inside::cases(),
         stream_load::cases(),
         stream_frozen::cases(),
+        streaming::cases(),
         event::cases(),
         refusal::cases(),
         garbled::cases(),

@@ -15,13 +15,18 @@ pub(super) const OPT: &str = "/var/lib/containerd/opt";
 /// it. Cases that are about it name it.
 pub const FORGETFUL: &str = "podhull-forgetful";
 
+/// podhull as the sandboxer, with streams in the place of FIFOs. Cases that are
+/// about them name it.
+pub const STREAMING: &str = "podhull-streaming";
+
 /// Handlers, their runtime types, and whether the shim itself is the sandboxer,
 /// which 1.x does not know.
-const HANDLERS: [(&str, &str, bool); 4] = [
+const HANDLERS: [(&str, &str, bool); 5] = [
     ("runc", "io.containerd.runc.v2", false),
     ("podhull", "io.containerd.podhull.v2", false),
     ("podhull-sandbox", "io.containerd.podhull.v2", true),
     (FORGETFUL, "io.containerd.podhull.v2", true),
+    (STREAMING, "io.containerd.podhull.v2", true),
 ];
 
 /// containerd's own file.
@@ -74,7 +79,7 @@ state = "{STATE}"
     );
     for (handler, runtime_type, shim_is_sandboxer) in HANDLERS {
         let shim_is_sandboxer = shim_is_sandboxer && release.is_2();
-        if handler == "podhull-sandbox" && !shim_is_sandboxer {
+        if ["podhull-sandbox", STREAMING].contains(&handler) && !shim_is_sandboxer {
             continue;
         }
         text += &format!(
@@ -89,6 +94,9 @@ state = "{STATE}"
         }
         if shim_is_sandboxer {
             text += "  sandboxer = \"shim\"\n";
+        }
+        if handler == STREAMING {
+            text += "  io_type = \"streaming\"\n";
         }
     }
     text

@@ -184,7 +184,7 @@ async fn attach_input_once_ends_with_its_first_client(t: &Context) -> Result<()>
 }
 
 /// The numbers of whole lines `line N`, which must follow each other.
-fn following(text: &str) -> Result<Vec<u64>> {
+pub(super) fn following(text: &str) -> Result<Vec<u64>> {
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let mut numbers: Vec<u64> = Vec::new();
     for line in whole.lines() {
