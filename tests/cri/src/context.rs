@@ -158,6 +158,18 @@ impl Context {
         self.pod("pod").run().await
     }
 
+    /// A shell at a terminal in `pod`.
+    pub(crate) async fn terminal(&self, pod: &Pod) -> Result<Container> {
+        self.container(pod, "main")
+            .command(["sh"])
+            .edit(|config| {
+                config.stdin = true;
+                config.tty = true;
+            })
+            .start()
+            .await
+    }
+
     /// A container to be, with what the kubelet masks.
     pub(crate) fn container(&self, pod: &Pod, name: &str) -> ContainerBuilder {
         pod.container(name).security(|security| {

@@ -78,6 +78,22 @@ async fn restart_by_sigkill_leaves_pods_running(t: &Context) -> Result<()> {
     pods_go_on(t, async |t| restart(t, Signal::SIGKILL).await).await
 }
 
+/// Ends a container while containerd is away: it waits for `go` in `folder`, which
+/// is called `data`, and leaves `gone` there.
+pub(super) async fn meanwhile_it_ends(t: &Context, folder: &str) -> Result<()> {
+    let mut containerd = t.containerd_mut().await;
+    containerd.stop(Signal::SIGKILL).await?;
+    t.new_file("data/go", "")?;
+    let by = Instant::now() + WITHIN;
+    while !Path::new(folder).join("gone").exists() {
+        ensure!(Instant::now() < by, "the container does not see the file");
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    // It ends at once; nobody is there to be told.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    containerd.start_again().await
+}
+
 async fn restart_keeps_the_exit_code_of_meanwhile(t: &Context) -> Result<()> {
     let folder = t.new_folder("data")?;
     let pod = t.ready_pod().await?;
@@ -89,19 +105,7 @@ async fn restart_keeps_the_exit_code_of_meanwhile(t: &Context) -> Result<()> {
         .await?;
     let stays = t.container(&pod, "stays").idle().start().await?;
     container.wrote("waiting", WITHIN).await?;
-    {
-        let mut containerd = t.containerd_mut().await;
-        containerd.stop(Signal::SIGKILL).await?;
-        t.new_file("data/go", "")?;
-        let by = Instant::now() + WITHIN;
-        while !Path::new(&folder).join("gone").exists() {
-            ensure!(Instant::now() < by, "the container does not see the file");
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        // It ends at once; nobody is there to be told.
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        containerd.start_again().await?;
-    }
+    meanwhile_it_ends(t, &folder).await?;
     let status = container.exited(WITHIN).await?;
     // containerd 2.4 takes a runc task without processes for a leaked shim.
     let expected = if t.is_podhull() || t.is_16() { 6 } else { 255 };

@@ -154,15 +154,7 @@ async fn attach_to_a_container_that_reads_once_ends_it(t: &Context) -> Result<()
 
 async fn attach_to_a_terminal_works(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
-    let container = t
-        .container(&pod, "main")
-        .command(["sh"])
-        .edit(|config| {
-            config.stdin = true;
-            config.tty = true;
-        })
-        .start()
-        .await?;
+    let container = t.terminal(&pod).await?;
     let mut session = Session::attach(&container, true).await?;
     session.resize(100, 30).await?;
     session

@@ -119,15 +119,7 @@ async fn attach_again_and_at_once_reaches_the_same_process(t: &Context) -> Resul
 
 async fn attach_at_once_to_a_terminal_shares_it(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
-    let container = t
-        .container(&pod, "main")
-        .command(["sh"])
-        .edit(|config| {
-            config.stdin = true;
-            config.tty = true;
-        })
-        .start()
-        .await?;
+    let container = t.terminal(&pod).await?;
     let mut first = Session::attach(&container, true).await?;
     let mut second = Session::attach(&container, true).await?;
     second.ask("echo here-$((40+1))\n", "here-41\r\n").await?;

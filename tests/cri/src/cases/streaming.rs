@@ -2,8 +2,7 @@
 //! `io_type = "streaming"`: containerd opens a process's streams at the shim's
 //! socket instead of making FIFOs.
 
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -11,6 +10,7 @@ use podhull_testkit::containerd::STREAMING;
 use podhull_testkit::cri::{Container, Pod};
 use tokio::io::AsyncWriteExt as _;
 
+use super::restart::{meanwhile_it_ends, restart};
 use super::stream_attach::following;
 use crate::case::{cases, same};
 use crate::client::{Options, STDIN, attach, done, exec_with};
@@ -40,12 +40,6 @@ async fn idle(t: &Context, pod: &Pod) -> Result<Container> {
     let container = t.container(pod, "main").idle().start().await?;
     container.wrote("up", WITHIN).await?;
     Ok(container)
-}
-
-async fn restart(t: &Context, with: Signal) -> Result<()> {
-    let mut containerd = t.containerd_mut().await;
-    containerd.stop(with).await?;
-    containerd.start_again().await
 }
 
 async fn streaming_log_is_whole_when_its_container_ends(t: &Context) -> Result<()> {
@@ -104,15 +98,7 @@ async fn streaming_exec_keeps_input_output_and_code(t: &Context) -> Result<()> {
 
 async fn streaming_terminals_work(t: &Context) -> Result<()> {
     let pod = pod(t).await?;
-    let container = t
-        .container(&pod, "main")
-        .command(["sh"])
-        .edit(|config| {
-            config.stdin = true;
-            config.tty = true;
-        })
-        .start()
-        .await?;
+    let container = t.terminal(&pod).await?;
     let mut attached = Session::attach(&container, true).await?;
     attached.ask("echo here-$((40+1))\n", "here-41\r\n").await?;
     let mut session = Session::exec(&container, &["sh"], true).await?;
@@ -213,17 +199,7 @@ async fn streaming_ends_of_meanwhile_are_told(t: &Context) -> Result<()> {
         .start()
         .await?;
     container.wrote("waiting", WITHIN).await?;
-    {
-        let mut containerd = t.containerd_mut().await;
-        containerd.stop(Signal::SIGKILL).await?;
-        t.new_file("data/go", "")?;
-        let by = Instant::now() + WITHIN;
-        while !Path::new(&folder).join("gone").exists() {
-            ensure!(Instant::now() < by, "the container does not see the file");
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        containerd.start_again().await?;
-    }
+    meanwhile_it_ends(t, &folder).await?;
     same!(container.exited(WITHIN).await?.exit_code, 6);
     let log = container.wrote("line 1000", WITHIN).await?;
     let output = String::from_utf8_lossy(&log.stdout).replace("waiting\n", "");
