@@ -28,8 +28,9 @@ left() {
 # host : what the demo could change outside of its namespaces and folders. What other runs make of their own is theirs.
 host() {
   ip -o link | sed 's/^[0-9]*: //; s/ state .*//'
-  nft list ruleset
-  ls -A /run /etc/cni /etc/podhull /etc/containerd /opt/cni 2>/dev/null || true
+  nft -s list ruleset
+  find /run /etc/cni /etc/podhull /etc/containerd /opt/cni -maxdepth 1 2>/dev/null \
+    | grep -E 'podhull|containerd|cni|nri|netns' | sort || true
 }
 
 # ended SIGNAL TO CODE COMMAND... : sends SIGNAL while a pod starts, to the process (TO is empty) or to its group (-);

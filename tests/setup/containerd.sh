@@ -29,17 +29,17 @@ by_requirement() {
   module=$(module_of "$version")
   mkdir "$staging/module"
   (
-    cd "$staging/module"
+    # Where a failure is looked at, `set -e` does not hold.
+    cd "$staging/module" || exit 1
     printf 'module tools\n\ngo 1.24\n' >go.mod
     {
       printf '//go:build tools\n\npackage tools\n\nimport (\n'
       printf '\t_ "%s"\n' "$module/cmd/containerd/builtins" "${PROGRAMS[@]/#/$module/cmd/}"
       printf ')\n'
     } >tools.go
-    go mod edit -require "$module@v$version"
-    go mod tidy -modcacherw
+    go mod edit -require "$module@v$version" && go mod tidy -modcacherw || exit 1
     for program in "${PROGRAMS[@]}"; do
-      go build -mod=mod -modcacherw -trimpath -ldflags "-s -w -X $module/version.Version=v$version" -o "$staging/$program" "$module/cmd/$program"
+      go build -mod=mod -modcacherw -trimpath -ldflags "-s -w -X $module/version.Version=v$version" -o "$staging/$program" "$module/cmd/$program" || exit 1
     done
   ) || return
   rm -rf "$staging/module"

@@ -51,8 +51,8 @@ use crate::status::stream_status;
 /// told that it does not get it.
 const OPENING: Duration = Duration::from_secs(10);
 /// Time for the streams of a process that has ended to be read to their ends.
-/// containerd waits 2 s for a state.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// containerd waits 2 s for a state; what is on its way then is lost.
+const LAST_WORDS: Duration = Duration::from_millis(1700);
 /// Most messages of a client that wait: more stay in its connection.
 const WAITING: usize = 16;
 
@@ -359,7 +359,7 @@ impl Streams {
         if let Some(process) = self.process(id) {
             let read = process.outputs_closed();
             if Deadline::after(LAST_WORDS).run(read).await.is_err() {
-                tracing::debug!(process = %id, "its output is not read");
+                tracing::warn!(process = %id, "its output was not read in time, and is cut");
             }
         }
     }

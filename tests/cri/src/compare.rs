@@ -2,8 +2,8 @@
 //! What a case sees with podhull, beside what it sees with runc on the same
 //! containerd.
 //!
-//! A case that both run says what it sees ([`see`]); its texts and refusals are
-//! seen without being asked. Whatever is not the same, once the [`RULES`] have
+//! A case expects the same of both. What it says that it sees ([`see`]), and what
+//! its scripts write (`text_of`), is compared besides: whatever is not the same, once the [`RULES`] have
 //! taken out what cannot be, is a failure unless [`DIFFERENCES`] says why.
 
 use std::cell::RefCell;
@@ -12,6 +12,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use podhull_testkit::programs::Programs;
 use podhull_testkit::{Release, programs};
 use sha2::{Digest, Sha256};
 
@@ -130,13 +131,19 @@ impl Records {
         let runc = std::process::Command::new("runc").arg("--version").output();
         let runc = runc.context("ask runc for its version")?.stdout;
         let kernel = fs::read("/proc/sys/kernel/version").context("read the kernel's version")?;
+        let containerd = release.program(&Programs::find(), "containerd");
+        let containerd = std::process::Command::new(containerd)
+            .arg("--version")
+            .output();
+        let containerd = containerd.context("ask containerd for its version")?.stdout;
         let mut hash = Sha256::new();
-        for part in [&program, &runc, &kernel] {
+        for part in [&program, &runc, &kernel, &containerd] {
             hash.update(Sha256::digest(part));
         }
-        let version = release.version().unwrap_or(release.name());
         Ok(Self {
-            folder: programs::cache().join("seen-with-runc").join(version),
+            folder: programs::cache()
+                .join("seen-with-runc")
+                .join(release.name()),
             key: hash
                 .finalize()
                 .iter()

@@ -250,7 +250,7 @@ async fn restore(context: &Context) -> Result<()> {
 
 /// Removes every pod. What fails at first is tried once more, so that the next
 /// case does not find it, and is an error all the same.
-async fn remove_everything(context: &Context) -> Result<()> {
+pub(crate) async fn remove_everything(context: &Context) -> Result<()> {
     let mut first = Ok(());
     for _ in 0..2 {
         for id in context.client().pod_ids(None).await? {

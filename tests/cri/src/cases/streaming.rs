@@ -135,6 +135,8 @@ async fn streaming_attach_reaches_the_process_again_and_again(t: &Context) -> Re
         session.ask(&format!("{line}\n"), &answer).await?;
         session.close().await?;
     }
+    // What containerd has not written when it is killed is lost with it.
+    container.wrote("got two", WITHIN).await?;
     // Its input does not end with its clients, nor with containerd.
     restart(t, Signal::SIGKILL).await?;
     let mut session = Session::attach(&container, false).await?;

@@ -12,6 +12,7 @@ use super::restart::{pods_go_on, restart};
 use crate::case::{Skip, cases, same};
 use crate::context::Context;
 use crate::procfs::{Processes, Role, signal};
+use crate::runner::remove_everything;
 
 cases! {
     PODHULL:
@@ -65,18 +66,23 @@ async fn upgrade_of_containerd_to_2_leaves_pods_running(t: &Context) -> Result<(
         return Err(Skip(format!("containerd {} is not built", TO.name())).into());
     }
     let from = t.containerd().await.release();
-    pods_go_on(t, async |t| {
+    let went_on = pods_go_on(t, async |t| {
         let mut containerd = t.containerd_mut().await;
         containerd.stop(Signal::SIGTERM).await?;
         containerd.start_again_as(TO).await
     })
-    .await?;
+    .await;
+    if went_on.is_err() {
+        // What it left would be lost to the next containerd.
+        remove_everything(t).await?;
+    }
     {
         // There is no way back but from the start.
         let mut containerd = t.containerd_mut().await;
         containerd.stop(Signal::SIGTERM).await?;
         containerd.start_anew_as(from).await?;
     }
+    went_on?;
     let (pod, container) = t.idle().await?;
     container.exec(["true"]).await?.success()?;
     pod.stop().await?;
