@@ -26,11 +26,13 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let args = Args::parse(std::env::args().skip(1))?;
-    let program = std::env::current_exe().context("find our own program")?;
     match args.action {
         Action::Version => answer(version().as_bytes()),
         Action::Info => answer(&info::info()?),
-        Action::Start => answer(bootstrap::start(&args, &caller()?, &program)?.as_bytes()),
+        Action::Start => {
+            let program = std::env::current_exe().context("find our own program")?;
+            answer(bootstrap::start(&args, &caller()?, &program)?.as_bytes())
+        }
         Action::Delete => {
             let bundle = match &args.bundle {
                 Some(bundle) => bundle.clone(),
@@ -40,7 +42,7 @@ fn run() -> anyhow::Result<()> {
                 .enable_all()
                 .build()
                 .context("start the runtime")?;
-            answer(&runtime.block_on(delete::delete(&args, &bundle, &program))?)
+            answer(&runtime.block_on(delete::delete(&args, &bundle))?)
         }
         Action::Serve => Ok(server::serve(&args)?),
     }

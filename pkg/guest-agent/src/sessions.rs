@@ -160,12 +160,13 @@ async fn forward(incoming: IncomingSession, port: u16, by: Deadline) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use podhull_transport::{Holder, HolderKind, LeaseSet, Peer, SessionError, open_session};
     use podhull_types::{ContainerId, VsockPort};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
+    use tokio::task::JoinHandle;
 
     use super::*;
     use crate::events::Events;
@@ -202,6 +203,41 @@ mod tests {
         opened.map(drop).unwrap_err()
     }
 
+    /// Sessions that are accepted at a socket of the test's.
+    struct Serving {
+        _folder: tempfile::TempDir,
+        socket: PathBuf,
+        leases: LeaseSet,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Serving {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let vm = folder.path().join("vm");
+            let leases = LeaseSet::new("guest");
+            let listener =
+                VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
+            let containers = Containers::new(Reaper::default(), Events::default());
+            let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
+            let token = Token::from_bytes(TOKEN);
+            Self {
+                socket: folder.path().join(format!("vm_{}", VsockPort::SESSIONS)),
+                _folder: folder,
+                task: tokio::spawn(serve(listener, token, containers, tally, stop.clone())),
+                leases,
+                stop,
+            }
+        }
+
+        /// Ends it, and waits for that; its folder stays.
+        async fn end(&mut self) {
+            self.stop.cancel();
+            soon().run(&mut self.task).await.unwrap().unwrap();
+        }
+    }
+
     /// Both sides are in this process: each has its line.
     #[tokio::test]
     async fn who_gets_no_session_is_told_of_once() {
@@ -211,23 +247,13 @@ mod tests {
             .with_max_level(tracing::Level::INFO)
             .with_writer(std::sync::Mutex::new(log.reopen().unwrap()));
         let _lines = tracing::subscriber::set_default(lines.finish());
-        let folder = tempfile::tempdir().unwrap();
-        let vm = folder.path().join("vm");
-        let leases = LeaseSet::new("guest");
-        let listener =
-            VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
-        let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
-        let containers = Containers::new(Reaper::default(), Events::default());
-        let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
-        let token = Token::from_bytes(TOKEN);
-        let serving = tokio::spawn(serve(listener, token, containers, tally, stop.clone()));
-        let none = ask(UnixStream::connect(&socket).await.unwrap(), TOKEN).await;
+        let mut serving = Serving::new();
+        let none = ask(UnixStream::connect(&serving.socket).await.unwrap(), TOKEN).await;
         assert!(matches!(none, SessionError::Refused { .. }), "{none}");
         let other = [6; Token::LEN];
-        let wrong = ask(UnixStream::connect(&socket).await.unwrap(), other).await;
+        let wrong = ask(UnixStream::connect(&serving.socket).await.unwrap(), other).await;
         assert!(matches!(wrong, SessionError::Lost(_)), "{wrong}");
-        stop.cancel();
-        soon().run(serving).await.unwrap().unwrap();
+        serving.end().await;
         let log = std::fs::read_to_string(log.path()).unwrap();
         let said = |of: &str, what: &str| {
             let about = |line: &&str| line.contains(of) && line.contains(what);
@@ -242,17 +268,8 @@ mod tests {
     /// Who says nothing takes a place, and gives it back.
     #[tokio::test]
     async fn strangers_are_limited_and_make_room_when_they_go() {
-        let folder = tempfile::tempdir().unwrap();
-        let vm = folder.path().join("vm");
-        let leases = LeaseSet::new("guest");
-        let listener =
-            VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
-        let socket = folder.path().join(format!("vm_{}", VsockPort::SESSIONS));
-        let containers = Containers::new(Reaper::default(), Events::default());
-        let token = Token::from_bytes(TOKEN);
-        let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
-        let serving = tokio::spawn(serve(listener, token, containers, tally, stop.clone()));
-
+        let mut serving = Serving::new();
+        let (socket, leases) = (serving.socket.clone(), serving.leases.clone());
         let mut silent = Vec::new();
         for number in 1..=STRANGERS {
             let connecting = connect(&socket, &leases, number);
@@ -275,8 +292,7 @@ mod tests {
         assert!(has_ended(&mut late).await, "one too many is kept");
 
         // All end with it, and are gone when it is.
-        stop.cancel();
-        soon().run(serving).await.unwrap().unwrap();
+        serving.end().await;
         assert!(leases.held().is_empty());
         for stranger in &mut silent {
             assert!(has_ended(stranger).await);

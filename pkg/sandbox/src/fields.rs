@@ -27,6 +27,20 @@ pub enum Verdict {
 /// A field's name and what becomes of it.
 pub type Field = (&'static str, Verdict);
 
+/// Reasons that hold for a field of either specification, OCI's and the CRI's.
+pub mod reasons {
+    /// Of another system's fields.
+    pub const NOT_LINUX: &str = "a pod's guest runs Linux";
+    /// Of labels and profiles.
+    pub const LSM: &str = "a guest's kernel has no such security module; the VM is the boundary";
+    /// Of a limit of them.
+    pub const HUGE_PAGES: &str = "a guest's memory has no huge pages of its own";
+    /// Of what such a limit is for.
+    pub const PAGE_SIZE: &str = "it names the page of the limit";
+    /// Of a limit of it.
+    pub const SWAP: &str = "a guest has no swap";
+}
+
 /// How much of a refused value is quoted.
 const QUOTED: usize = 80;
 

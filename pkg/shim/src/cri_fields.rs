@@ -8,12 +8,10 @@
 
 use podhull_sandbox::fields::Field;
 use podhull_sandbox::fields::Verdict::{Honoured, NoMeaning, Refused};
+use podhull_sandbox::fields::reasons::{HUGE_PAGES, LSM, NOT_LINUX, PAGE_SIZE};
 
 const NO_PAUSE: &str = "it is said of the pause container, which a VM does not need";
-const LSM: &str = "a guest's kernel has no such security module; the VM is the boundary";
 const OF_THE_POD: &str = "the kubelet sets it on the pod's cgroup, in which the VM is";
-const NOT_LINUX: &str = "a pod's guest runs Linux";
-const HUGE: &str = "a guest's memory has no huge pages of its own";
 
 /// A pod sandbox's fields.
 pub(crate) const POD_FIELDS: &[Field] = &[
@@ -59,9 +57,12 @@ pub(crate) const POD_FIELDS: &[Field] = &[
     ("linux.resources.cpuset_mems", NoMeaning(OF_THE_POD)),
     (
         "linux.resources.hugepage_limits[].page_size",
-        NoMeaning("it names the page of the limit"),
+        NoMeaning(PAGE_SIZE),
     ),
-    ("linux.resources.hugepage_limits[].limit", Refused(HUGE)),
+    (
+        "linux.resources.hugepage_limits[].limit",
+        Refused(HUGE_PAGES),
+    ),
     ("linux.resources.unified", NoMeaning(OF_THE_POD)),
     (
         "linux.resources.memory_swap_limit_in_bytes",
@@ -83,13 +84,13 @@ const CONTAINER_FIELDS: &[Field] = &[
     ("resources.cpuset_mems", Honoured),
     (
         "resources.hugepage_limits[].page_size",
-        NoMeaning("it names the page of the limit"),
+        NoMeaning(PAGE_SIZE),
     ),
-    ("resources.hugepage_limits[].limit", Refused(HUGE)),
+    ("resources.hugepage_limits[].limit", Refused(HUGE_PAGES)),
     ("resources.unified", Honoured),
     (
         "resources.memory_swap_limit_in_bytes",
-        NoMeaning("a guest has no swap"),
+        NoMeaning(podhull_sandbox::fields::reasons::SWAP),
     ),
     ("security_context.capabilities", Honoured),
     ("security_context.privileged", Honoured),

@@ -18,6 +18,7 @@ use podhull_sandbox::{RunDir, Runtime};
 use podhull_telemetry::{Metrics, log};
 use podhull_types::{Deadline, SandboxId, chain};
 
+use crate::SELF;
 use crate::address;
 use crate::args::Args;
 use crate::bundle;
@@ -35,11 +36,11 @@ const ENDS: Duration = Duration::from_millis(1500);
 const DIES: Duration = Duration::from_secs(1);
 
 /// Releases what is left of `args.id`; gives what containerd reads on standard
-/// output. `program` is our own.
+/// output.
 ///
 /// # Errors
 /// The first thing that could not be released; the rest was.
-pub async fn delete(args: &Args, bundle: &Path, program: &Path) -> Result<Vec<u8>, ShimError> {
+pub async fn delete(args: &Args, bundle: &Path) -> Result<Vec<u8>, ShimError> {
     let by = Deadline::after(WITHIN);
     // A configuration that became unreadable must not keep a pod from going.
     let mut config = Config::load(Path::new(podhull_config::PATH)).unwrap_or_else(|error| {
@@ -68,7 +69,7 @@ pub async fn delete(args: &Args, bundle: &Path, program: &Path) -> Result<Vec<u8
     let metrics = Metrics::new().map_err(|error| ShimError::Metrics(error.to_string()))?;
     let runtime = Runtime {
         config,
-        helper: program.to_path_buf(),
+        helper: SELF.into(),
         metrics,
     };
     let cleaned = podhull_sandbox::cleanup(&runtime, &args.namespace, &sandbox, by).await;

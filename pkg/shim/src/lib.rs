@@ -38,5 +38,9 @@ mod streaming;
 mod task_service;
 mod wire;
 
+/// What this process runs, for helpers of its own: itself, also once another
+/// version has taken its file's place.
+const SELF: &str = "/proc/self/exe";
+
 pub use args::{Action, Args};
 pub use error::ShimError;

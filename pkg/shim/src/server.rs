@@ -22,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::task::TaskTracker;
 use ttrpc::r#async::{Server, Service};
 
+use crate::SELF;
 use crate::args::Args;
 use crate::bootstrap::{SERVES, TTRPC_ADDRESS};
 use crate::called::{self, CALLED};
@@ -45,8 +46,6 @@ const HANG_UP: Duration = Duration::from_secs(2);
 /// The names of the Task service: the methods are the same.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
-/// What this process is, also once another version has taken its file's place.
-const SELF: &str = "/proc/self/exe";
 
 /// Serves the pod `args.id` until containerd ends it. Called in a process of
 /// its own with one thread, whose standard input is the listening socket and

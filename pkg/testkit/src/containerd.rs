@@ -21,6 +21,7 @@ pub use config::{FORGETFUL, STREAMING, podhull as podhull_config};
 use crate::cri::Client;
 use crate::evidence;
 use crate::image;
+use crate::node;
 use crate::programs::Programs;
 
 /// containerd's log, in the node's folder.
@@ -389,7 +390,8 @@ impl Containerd {
     /// # Errors
     /// If something cannot be removed, or it does not become ready.
     pub async fn start_anew_as(&mut self, release: Release) -> Result<()> {
-        empty(ROOT)?;
+        // A mount of the node's: it stays.
+        node::empty(Path::new(ROOT))?;
         for folder in STATE_OF_2 {
             match fs::remove_dir_all(folder) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -424,20 +426,6 @@ fn install_shim(programs: &Programs) -> Result<()> {
         let new = bin.join(".new");
         fs::copy(&programs.shim, &new).context("copy the shim")?;
         fs::rename(new, bin.join("containerd-shim-podhull-v2")).context("place the shim")?;
-    }
-    Ok(())
-}
-
-/// Removes what is in `folder`, which is a mount of the node's and stays.
-fn empty(folder: &str) -> Result<()> {
-    for entry in fs::read_dir(folder).with_context(|| format!("look into {folder}"))? {
-        let path = entry?.path();
-        let removed = if path.is_dir() {
-            fs::remove_dir_all(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        removed.with_context(|| format!("remove {}", path.display()))?;
     }
     Ok(())
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A node: containerd and its client in this program's own namespaces.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::containerd::{Containerd, Release};
 use crate::namespaces;
@@ -49,4 +50,21 @@ impl Node {
     pub async fn start_containerd(&self, release: Release) -> Result<Containerd> {
         Containerd::start(release, &self.programs, &self.folder).await
     }
+}
+
+/// Removes what is in a folder of the tests.
+///
+/// # Errors
+/// If something in it cannot be removed.
+pub fn empty(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let path = entry?.path();
+        let removed = if path.is_dir() && !path.is_symlink() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.with_context(|| format!("remove {}", path.display()))?;
+    }
+    Ok(())
 }

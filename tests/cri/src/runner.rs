@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use podhull_testkit::containerd::{Cni, podhull_config};
 use podhull_testkit::cri::api::{PortMapping, RemovePodSandboxRequest, StopPodSandboxRequest};
 use podhull_testkit::oracle::{Snapshot, assert_clean, settled};
-use podhull_testkit::{Node, Release, evidence};
+use podhull_testkit::{Node, Release, evidence, node};
 
 use crate::case::{Case, Setup, Skip};
 use crate::cases;
@@ -245,7 +245,7 @@ async fn restore(context: &Context) -> Result<()> {
     }
     let removed = remove_everything(context).await;
     let cni = context.containerd().await.use_cni(Cni::default()).await;
-    removed.and(cni).and(empty(context.folder()))
+    removed.and(cni).and(node::empty(context.folder()))
 }
 
 /// Removes every pod. What fails at first is tried once more, so that the next
@@ -260,7 +260,7 @@ pub(crate) async fn remove_everything(context: &Context) -> Result<()> {
             first = first.and(removed.with_context(|| format!("remove pod {id}")));
         }
     }
-    empty(Path::new("/var/log/pods"))?;
+    node::empty(Path::new("/var/log/pods"))?;
     first
 }
 
@@ -286,20 +286,6 @@ pub(crate) async fn remove(context: &Context, id: &str) -> Result<()> {
         !left.iter().any(|other| other == id),
         "the removed pod is still listed"
     );
-    Ok(())
-}
-
-/// Removes what is in a folder of the tests.
-fn empty(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
-        let path = entry?.path();
-        let removed = if path.is_dir() && !path.is_symlink() {
-            fs::remove_dir_all(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        removed.with_context(|| format!("remove {}", path.display()))?;
-    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 
 use crate::fields::Field;
 use crate::fields::Verdict::{Honoured, NoMeaning, Refused};
+use crate::fields::reasons::{HUGE_PAGES, LSM, NOT_LINUX, PAGE_SIZE, SWAP};
 
 const HOOKS: &str = "OCI hooks run programs of the host, which a guest does not have";
 const HOST_DEVICES: &str = "a guest has no device of the host; for privileged pods set \
@@ -13,8 +14,6 @@ const IO: &str = "a pod's files come over virtio-fs: there is no block device to
 const CGROUP_V1: &str = "a guest has cgroup v2 only, which has no such control";
 const IGNORED_V2: &str = "cgroup v2, which a guest has, knows no such limit, and runc passes it \
      over there";
-const NOT_LINUX: &str = "a pod's guest runs Linux";
-const LSM: &str = "a guest's kernel has no such security module; the VM is the boundary";
 const LISTENER: &str = "a seccomp listener is a program of the host, which a guest cannot reach";
 
 /// The fields, in the specification's order.
@@ -80,10 +79,7 @@ pub const OCI_FIELDS: &[Field] = &[
     ("linux.resources.devices", Honoured),
     ("linux.resources.memory.limit", Honoured),
     ("linux.resources.memory.reservation", Honoured),
-    (
-        "linux.resources.memory.swap",
-        NoMeaning("a guest has no swap"),
-    ),
+    ("linux.resources.memory.swap", NoMeaning(SWAP)),
     ("linux.resources.memory.kernel", NoMeaning(IGNORED_V2)),
     ("linux.resources.memory.kernelTCP", NoMeaning(IGNORED_V2)),
     ("linux.resources.memory.swappiness", NoMeaning(IGNORED_V2)),
@@ -106,11 +102,11 @@ pub const OCI_FIELDS: &[Field] = &[
     ("linux.resources.blockIO", Refused(IO)),
     (
         "linux.resources.hugepageLimits[].pageSize",
-        NoMeaning("it names the page of the limit"),
+        NoMeaning(PAGE_SIZE),
     ),
     (
         "linux.resources.hugepageLimits[].limit",
-        Refused("a guest's memory has no huge pages of its own"),
+        Refused(HUGE_PAGES),
     ),
     ("linux.resources.network", Refused(CGROUP_V1)),
     ("linux.resources.rdma", Refused(HOST_DEVICES)),
