@@ -9,7 +9,7 @@ fail() { printf 'tidy: %s\n' "$*" >&2; bad=1; }
 while read -r lines file; do
   [ "$file" = total ] && continue
   [ "$lines" -le 500 ] || fail "$file has $lines lines, at most 500 are allowed: split it"
-done < <(git ls-files '*.rs' | xargs -r wc -l)
+done < <(git ls-files '*.rs' '*.sh' '*.c' '*.go' | xargs -r wc -l)
 
 while read -r file; do
   head -10 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' || fail "$file has no SPDX line"
@@ -108,6 +108,23 @@ for crate in pkg/*/Cargo.toml; do
   grep -qE '^(anyhow|clap)\b' "$crate" && [ "$crate" != pkg/testkit/Cargo.toml ] && fail "$crate: anyhow and clap are for cmd/ and tests/"
 done
 grep -qE '^(tonic|ttrpc)\b' pkg/transport/Cargo.toml && fail "pkg/transport must not know gRPC or ttrpc"
+
+# A mutation whose line is gone breaks nothing, and one whose test is gone is seen by nobody.
+while IFS= read -r wrong; do
+  fail "$wrong"
+done < <(perl -e '
+  sub slurp { open my $file, "<", $_[0] or return ""; local $/; <$file> }
+  my $readme = slurp("tests/README.md");
+  my $tests = join "", map { slurp($_) } split /\n/, `git ls-files "tests/cri/src/cases/*.rs" "pkg/*.rs"`;
+  for my $list ("list", "units") {
+    for (split /\n/, slurp("tests/mutations/$list.txt")) {
+      next if /^#/ or /^\s*$/;
+      my ($name, $file, $from, $to, @how) = map { s/^\s+|\s+$//gr =~ s/\\\|/|/gr } split /(?<!\\)\|/;
+      print "mutation $name: \"$from\" is not in $file\n" if index(slurp($file), $from) < 0;
+      print "mutation $name: no test $how[2]\n" if index($tests, $how[2]) < 0;
+      print "mutation $name: tests/README.md has no row of it\n" if index($readme, "| $name: ") < 0;
+    }
+  }')
 
 [ "$bad" = 0 ] || exit 1
 echo "tidy: $(git ls-files '*.rs' | wc -l) Rust files are in order"
