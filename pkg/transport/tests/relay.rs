@@ -5,9 +5,10 @@
 
 use std::future::pending;
 use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podhull_transport::{
     GuestSession, Holder, HolderKind, HostSession, LeaseSet, Peer, RelayReport, SessionTarget,
@@ -186,6 +187,110 @@ async fn l8_a_reset_by_either_side_resets_the_other() {
         let (host, guest) = forward.ended().await;
         assert!(host.cut.is_some() && guest.cut.is_some());
     }
+}
+
+/// What `local` has sent and `remote` has not received, and what it has received and
+/// nobody has read; nothing if there is no such connection on this host.
+fn queues(local: SocketAddr, remote: SocketAddr) -> Option<(usize, usize)> {
+    let ports = [local, remote].map(|end| format!(":{:04X}", end.port()));
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let rows = table
+        .lines()
+        .map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let row = rows
+        .filter(|row| row[1].ends_with(&ports[0]) && row[2].ends_with(&ports[1]))
+        .last()?;
+    let queue = |text| usize::from_str_radix(text, 16).unwrap();
+    let (sent, received) = row[4].split_once(':').unwrap();
+    Some((queue(sent), queue(received)))
+}
+
+/// Looks until `found`: the kernel tells nobody.
+async fn until(mut found: impl FnMut() -> bool) {
+    let looks = async {
+        while !found() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    soon().run(looks).await.unwrap();
+}
+
+/// Time in which a relay does what it can do.
+const SETTLED: Duration = Duration::from_millis(200);
+
+/// Says more and more, until the last of it stays unread where the relay would read
+/// it: nobody reads at the other end. Gives what was said.
+async fn say_more_than_goes_on(hasty: &mut TcpStream) -> Vec<u8> {
+    const PIECE: usize = 32 * 1024;
+    let ends = (hasty.local_addr().unwrap(), hasty.peer_addr().unwrap());
+    let words = pattern(4 << 20);
+    for (number, piece) in words.chunks(PIECE).enumerate() {
+        hasty.write_all(piece).await.unwrap();
+        until(|| queues(ends.0, ends.1).unwrap().0 == 0).await;
+        let unread = || queues(ends.1, ends.0).unwrap().1 > 0;
+        if unread() {
+            tokio::time::sleep(SETTLED).await;
+        }
+        if unread() {
+            return words[..(number + 1) * PIECE].to_vec();
+        }
+    }
+    panic!("there is no end to what goes on");
+}
+
+/// One side says all it has and hangs up, while the other still sends: the first
+/// one's bytes are on their way when it takes no more.
+#[tokio::test]
+async fn l8_what_was_said_before_hanging_up_arrives() {
+    for by_server in [true, false] {
+        let mut forward = Forward::new().await;
+        let (spare, spare_end) = tcp().await;
+        let sides = (&mut forward.client, &mut forward.server);
+        let (hasty, patient) = if by_server { (sides.1, sides.0) } else { sides };
+        let mut hasty = std::mem::replace(hasty, spare);
+        let mut patient = std::mem::replace(patient, spare_end);
+        let ends = (hasty.local_addr().unwrap(), hasty.peer_addr().unwrap());
+        let said = say_more_than_goes_on(&mut hasty).await;
+        drop(hasty);
+        patient.write_all(b"a").await.unwrap();
+        // The relay's end of the connection is reset.
+        until(|| queues(ends.1, ends.0).is_none()).await;
+        patient.write_all(b"b").await.unwrap();
+        // One that gave up what is on its way would have done so by now.
+        tokio::time::sleep(SETTLED).await;
+        let heard = rest(&mut patient).await.unwrap();
+        assert!(heard == said, "{} of {}", heard.len(), said.len());
+        let ended = Instant::now();
+        let (host, guest) = forward.ended().await;
+        assert!(host.cut.is_some() && guest.cut.is_some());
+        assert!(ended.elapsed() < Duration::from_secs(3), "{ended:?}");
+        drop(patient);
+    }
+}
+
+/// The other one may do nothing but send.
+#[tokio::test]
+async fn l8_who_sends_to_nobody_is_hung_up_on() {
+    let mut forward = Forward::new().await;
+    let (spare, spare_end) = tcp().await;
+    drop(spare);
+    // Reset with the question unread, behind the answer.
+    forward.client.write_all(b"question").await.unwrap();
+    let mut first = [0];
+    forward.server.read_exact(&mut first).await.unwrap();
+    forward.server.write_all(b"answer").await.unwrap();
+    drop(std::mem::replace(&mut forward.server, spare_end));
+    let endless = pattern(1 << 20);
+    let (mut from, mut to) = forward.client.split();
+    let sends = async { while to.write_all(&endless).await.is_ok() {} };
+    let mut answer = [0; 6];
+    let hears = async {
+        from.read_exact(&mut answer).await.unwrap();
+    };
+    let both = async { tokio::join!(sends, hears) };
+    soon().run(both).await.expect("it is hung up on");
+    assert_eq!(&answer, b"answer");
+    forward.ended().await;
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@
 //	half    sends SIZE bytes, ends its side, reads to the end
 //	reset   reads a byte and resets
 //	cut     sends SIZE bytes, reads a byte and resets
+//	early   reads a byte, sends ANSWER bytes and hangs up on what it did not read
 //	late    reads nothing for three seconds, then as sink
 //
 // It says "ready" once it listens everywhere, and a line per connection:
@@ -32,6 +33,9 @@ import (
 
 // Size is what source, half and cut send: 32-bit numbers from 0 on, big endian.
 const Size = 1 << 20
+
+// Answer is what early sends of them: what a socket takes at once.
+const Answer = 1 << 16
 
 func main() {
 	for _, argument := range os.Args[1:] {
@@ -100,6 +104,12 @@ func handle(mode string, tcp *net.TCPConn, seen *count) error {
 			return err
 		}
 		_, err := io.Copy(io.Discard, from)
+		return err
+	case "early":
+		if _, err := from.Read(make([]byte, 1)); err != nil {
+			return err
+		}
+		_, err := tcp.Write(numbers()[:Answer])
 		return err
 	case "cut":
 		if _, err := tcp.Write(numbers()); err != nil {

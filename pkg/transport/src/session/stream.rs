@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What users of a session read and write.
 
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -87,17 +87,56 @@ impl StreamWriter {
     /// Those of `from`; [`io::ErrorKind::BrokenPipe`] once the receiver takes no
     /// more: what was read while that came is lost.
     pub async fn send_from(&mut self, from: &mut (impl AsyncRead + Unpin)) -> io::Result<usize> {
+        self.send_from_unless(from, pending()).await
+    }
+
+    /// As [`send_from`](Self::send_from), but a read that waits fails, too, once the
+    /// receiver takes no more.
+    pub(crate) async fn send_while_taken(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+    ) -> io::Result<usize> {
+        let untaken = untaken(Arc::clone(&self.shared), self.stream);
+        self.send_from_unless(from, untaken).await
+    }
+
+    async fn send_from_unless(
+        &mut self,
+        from: &mut (impl AsyncRead + Unpin),
+        untaken: impl Future<Output = io::Error>,
+    ) -> io::Result<usize> {
         let room = poll_fn(|cx| self.poll_room(cx)).await?;
         self.spaces.rotate_left(1);
         let space = &mut self.spaces[0];
         let mut frame = Unsealed::with_room(space, room);
-        let count = from.read_buf(&mut frame.payload().limit(room)).await?;
+        let mut limited = frame.payload().limit(room);
+        let count = tokio::select! {
+            biased;
+            count = from.read_buf(&mut limited) => count?,
+            error = untaken => return Err(error),
+        };
         let frame = frame.seal(self.stream, space);
         if count > 0 {
             self.queue(frame, count)?;
         }
         Ok(count)
     }
+}
+
+/// Waits until what is written to `stream` is taken no more. One task writes to a
+/// stream and waits for this.
+async fn untaken(shared: Arc<Shared>, stream: Stream) -> io::Error {
+    poll_fn(|cx| {
+        let mut state = shared.lock();
+        match open(&mut state, stream) {
+            Ok(outgoing) => {
+                outgoing.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            Err(error) => Poll::Ready(error),
+        }
+    })
+    .await
 }
 
 /// The outgoing stream, while what is written to it may still be sent.

@@ -12,10 +12,11 @@ use tokio::net::TcpStream;
 
 use crate::case::{cases, same};
 use crate::context::Context;
-use crate::peer::{SIZE, Spdy, numbers, rest, rest_to_reset, serve, sum};
+use crate::peer::{ANSWER, SIZE, Spdy, numbers, rest, rest_to_reset, serve, sum};
 
 cases! {
     ALL_TWICE:
+        forward_answered_before_all_was_asked_is_whole,
         forward_reset_with_bytes_on_their_way_cuts_only_those;
 }
 
@@ -82,5 +83,44 @@ async fn forward_reset_with_bytes_on_their_way_cuts_only_those(t: &Context) -> R
     let count: usize = count.parse().context(line.to_owned())?;
     let seen = bytes.get(..count).context("more than was sent")?;
     same!(line, sum(seen), "what the server saw");
+    Ok(())
+}
+
+/// Goes on sending while the answer comes.
+async fn answer(mut stream: TcpStream) -> Result<Vec<u8>> {
+    let endless = numbers(SIZE);
+    let (mut from, mut to) = stream.split();
+    let sends = async {
+        // Until it is hung up on.
+        while to.write_all(&endless).await.is_ok() {}
+    };
+    let mut bytes = vec![0; ANSWER];
+    let hears = async {
+        from.read_exact(&mut bytes).await?;
+        anyhow::Ok(())
+    };
+    let both = async { tokio::join!(sends, hears) };
+    let ((), heard) = tokio::time::timeout(WITHIN, both)
+        .await
+        .context("who sends on is not hung up on")?;
+    heard.context("the answer is cut")?;
+    Ok(bytes)
+}
+
+/// As a web server does that refuses what is too large for it.
+async fn forward_answered_before_all_was_asked_is_whole(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    serve(t, &pod, "server", &["early=127.0.0.1:8001"]).await?;
+    let namespace = pod_netns::open()?;
+    for round in 0..10 {
+        let near = pod_netns::connect(&namespace, V4, 8001).await?;
+        let came = answer(near).await.with_context(|| format!("{round}"))?;
+        ensure!(came == numbers(ANSWER), "another answer");
+        let spdy = Spdy::forward(t, &pod, 8001).await?;
+        let came = answer(spdy.connect().await?).await;
+        let came = came.with_context(|| format!("{round} over SPDY"))?;
+        ensure!(came == numbers(ANSWER), "another answer over SPDY");
+        spdy.end().await?;
+    }
     Ok(())
 }
