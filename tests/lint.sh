@@ -4,6 +4,7 @@
 . "$(dirname "$0")/setup/lib.sh"
 cd "$ROOT"
 
+tests/setup/components.sh
 cargo fmt --all --check
 cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet

@@ -60,6 +60,8 @@ guest_again() {
   timeout 20 make -s guest || { say "a second make guest fails, or takes longer than 20 s"; return 1; }
 }
 
+# Half an hour of builds later would be late to say so.
+stage components tests/setup/components.sh
 stage packages make -s packages
 background kvm-packages tests/kvm/fetch.sh
 background kernel make -s kernel

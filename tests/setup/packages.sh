@@ -20,12 +20,6 @@ wanted=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$ROOT/tests/streams/go.mod")
 found=$(GOTOOLCHAIN=local go version | cut -d ' ' -f 3)
 at_least Go "$wanted" "${found#go}" https://go.dev/dl
 
-# `make lint` needs them. rustup has a program on PATH also for what is not installed: it must answer.
-for component in "clippy clippy" "fmt rustfmt"; do
-  cargo "${component% *}" --version >/dev/null 2>&1 ||
-    die "cargo ${component% *} does not run: rustup component add ${component#* } (https://rustup.rs)"
-done
-
 # package -> why it is needed; printed when it has to be installed.
 PACKAGES=(
   "qemu-system-x86:the VMM that runs each pod"
