@@ -16,6 +16,7 @@ use podhull_types::{ContainerId, Deadline};
 use crate::error::GuestError;
 use crate::sys;
 
+mod freezer;
 mod limits;
 
 use limits::Write;
@@ -107,10 +108,6 @@ impl Cgroup {
             return Ok(());
         }
         self.write("cgroup.kill", "1")
-    }
-
-    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), GuestError> {
-        self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
     /// How many processes the kernel killed for want of memory.

@@ -34,6 +34,8 @@ use crate::stdio::console::{self, ConsoleSocket};
 const HELPER: Duration = Duration::from_secs(25);
 /// Time for a killed container's processes to be gone.
 const GONE: Duration = Duration::from_secs(5);
+/// Time for a container's processes to stand still.
+const FROZEN: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 struct Container {
@@ -298,8 +300,8 @@ impl Containers {
         }
     }
 
-    /// Forgets a process. A container takes its added processes with it.
-    /// Idempotent.
+    /// Forgets a process; one that was added is killed if it still runs. A
+    /// container takes its added processes with it. Idempotent.
     ///
     /// # Errors
     /// If a container's cgroup cannot be removed.
@@ -309,6 +311,10 @@ impl Containers {
         };
         process.give_up.cancel();
         if id.exec.is_some() {
+            // The host deletes what it has seen end, and what it gave up starting.
+            if let (Some(pid), None) = (process.pid(), process.exit_code()) {
+                self.kill(id, pid);
+            }
             if let Some(container) = self.lock().get_mut(&id.container) {
                 container.processes.remove(id);
             }
@@ -392,12 +398,14 @@ impl Containers {
         Ok(self.cgroup(id)?.pids())
     }
 
-    /// Freezes a container, or lets it run again.
+    /// Freezes a container, or lets it run again, and waits until it is so.
     ///
     /// # Errors
-    /// [`GuestError::NoProcess`], or what the kernel says.
-    pub fn freeze(&self, id: &ContainerId, frozen: bool) -> Result<(), GuestError> {
-        self.cgroup(id)?.freeze(frozen)
+    /// [`GuestError::NoProcess`], what the kernel says, or that it does not freeze
+    /// in time: then it runs on.
+    pub async fn freeze(&self, id: &ContainerId, frozen: bool) -> Result<(), GuestError> {
+        let cgroup = self.cgroup(id)?;
+        cgroup.freeze(frozen, Deadline::after(FROZEN)).await
     }
 
     /// Changes a container's limits.

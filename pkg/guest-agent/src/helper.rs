@@ -110,6 +110,18 @@ impl Helper {
         task: &impl Serialize,
         streams: Streams,
     ) -> Result<Self, GuestError> {
+        let mut command = Command::new(SELF);
+        command.args(["oci", name]).env_clear();
+        Self::spawn(reaper, command, task, streams)
+    }
+
+    /// Starts `command` as a helper.
+    pub(crate) fn spawn(
+        reaper: &Reaper,
+        mut command: Command,
+        task: &impl Serialize,
+        streams: Streams,
+    ) -> Result<Self, GuestError> {
         let system = |errno: nix::Error| GuestError::system("start a helper")(errno);
         let text = serde_json::to_vec(task).map_err(|error| GuestError::Invalid {
             field: "helper's task",
@@ -123,10 +135,7 @@ impl Helper {
         let report = pipe::Receiver::from_owned_fd(read)
             .map_err(GuestError::system("watch a helper's answer"))?;
         let stream = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
-        let mut command = Command::new(SELF);
         command
-            .args(["oci", name])
-            .env_clear()
             .stdin(stream(streams.stdin))
             .stdout(stream(streams.stdout))
             .stderr(stream(streams.stderr))

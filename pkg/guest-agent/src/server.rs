@@ -59,6 +59,11 @@ impl Service {
             ended,
         }
     }
+
+    async fn freeze(&self, id: &str, frozen: bool) -> Result<(), GuestError> {
+        let (containers, id) = (self.containers.clone(), container(id)?);
+        to_the_end(async move { containers.freeze(&id, frozen).await }).await
+    }
 }
 
 fn container(id: &str) -> Result<ContainerId, GuestError> {
@@ -316,8 +321,8 @@ impl Agent for Service {
         &self,
         request: Request<agent::PauseRequest>,
     ) -> Result<Response<agent::PauseResponse>, Status> {
-        self.containers
-            .freeze(&container(&request.into_inner().container_id)?, true)?;
+        self.freeze(&request.into_inner().container_id, true)
+            .await?;
         Ok(Response::new(agent::PauseResponse {}))
     }
 
@@ -325,8 +330,8 @@ impl Agent for Service {
         &self,
         request: Request<agent::ResumeRequest>,
     ) -> Result<Response<agent::ResumeResponse>, Status> {
-        self.containers
-            .freeze(&container(&request.into_inner().container_id)?, false)?;
+        self.freeze(&request.into_inner().container_id, false)
+            .await?;
         Ok(Response::new(agent::ResumeResponse {}))
     }
 
