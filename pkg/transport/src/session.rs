@@ -15,6 +15,7 @@ pub(crate) mod frame;
 #[cfg(test)]
 mod frame_tests;
 mod handle;
+mod locked;
 mod open;
 mod relay;
 pub(crate) mod state;

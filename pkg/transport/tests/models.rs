@@ -25,6 +25,7 @@ mod session {
     pub(crate) mod buffer;
     #[path = "frame.rs"]
     mod codec;
+    mod locked;
     pub(crate) mod state;
     pub(crate) mod stream;
 

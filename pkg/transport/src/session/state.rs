@@ -15,8 +15,9 @@ use bytes::Bytes;
 
 use super::buffer::Buffer;
 use super::frame::{Frame, Stream, WINDOW};
+use super::locked::Locked;
 use crate::error::{ProtocolError, SessionError};
-use crate::sync::{Arc, Mutex, MutexGuard};
+use crate::sync::{Arc, Mutex};
 
 /// Credit is given back in pieces of at least this size.
 const CREDIT_PIECE: usize = WINDOW / 4;
@@ -58,10 +59,11 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    fn stop(&mut self) {
+    /// Gives who is to be woken.
+    fn stop(&mut self) -> Option<Waker> {
         self.stopped = true;
         self.queue.clear();
-        wake(&mut self.waker);
+        self.waker.take()
     }
 }
 
@@ -154,6 +156,8 @@ pub(crate) struct State {
     writer: Option<Waker>,
     /// Who waits for the exit code or the session's end.
     watchers: Vec<Waker>,
+    /// Who is woken once the lock is free: it may want that at once.
+    pub(super) woken: Vec<Waker>,
 }
 
 impl State {
@@ -199,9 +203,8 @@ impl State {
 
     /// Fails what is written from now on: the peer takes nothing any more.
     pub(crate) fn stop_writing(&mut self) {
-        for outgoing in self.outgoing.iter_mut().flatten() {
-            outgoing.stop();
-        }
+        let outgoing = self.outgoing.iter_mut().flatten();
+        self.woken.extend(outgoing.filter_map(Outgoing::stop));
     }
 
     /// A frame with data of `stream` has been handed to the connection.
@@ -209,7 +212,8 @@ impl State {
         if let Some(outgoing) = self.outgoing(stream) {
             outgoing.unwritten -= 1;
             if outgoing.unwritten == 0 {
-                wake(&mut outgoing.waker);
+                let flushes = outgoing.waker.take();
+                self.woken.extend(flushes);
             }
         }
     }
@@ -234,7 +238,7 @@ impl State {
 
     /// There may be something to write.
     pub(crate) fn wake_writer(&mut self) {
-        wake(&mut self.writer);
+        self.woken.extend(self.writer.take());
     }
 
     /// The next frame to be written, or `None` if there is nothing to write now.
@@ -255,7 +259,7 @@ impl State {
             };
             if let Some(bytes) = outgoing.queue.pop_front() {
                 self.turn = index + 1;
-                wake(&mut outgoing.waker);
+                self.woken.extend(outgoing.waker.take());
                 let data_of = Some(stream);
                 return Some(Outbound { bytes, data_of });
             }
@@ -308,18 +312,21 @@ impl State {
                 incoming.window -= bytes.len();
                 if !incoming.dropped {
                     incoming.buffer.push(bytes);
-                    wake(&mut incoming.waker);
+                    let reads = incoming.waker.take();
+                    self.woken.extend(reads);
                 }
             }
             Frame::Eof(stream) => {
                 let incoming = self.open_incoming(stream, name)?;
                 incoming.eof = true;
-                wake(&mut incoming.waker);
+                let reads = incoming.waker.take();
+                self.woken.extend(reads);
             }
             Frame::Abort(stream) => {
                 let incoming = self.open_incoming(stream, name)?;
                 incoming.aborted = true;
-                wake(&mut incoming.waker);
+                let reads = incoming.waker.take();
+                self.woken.extend(reads);
             }
             Frame::Credit(stream, bytes) => {
                 let outgoing = self
@@ -331,13 +338,15 @@ impl State {
                     });
                 }
                 outgoing.credit += bytes;
-                wake(&mut outgoing.waker);
+                let writes = outgoing.waker.take();
+                self.woken.extend(writes);
             }
             Frame::Stop(stream) => {
                 let outgoing = self
                     .outgoing(stream)
                     .ok_or(ProtocolError::UnknownStream(stream as u8))?;
-                outgoing.stop();
+                let writes = outgoing.stop();
+                self.woken.extend(writes);
             }
             Frame::Exit(code) => {
                 let may_come = self.side == Side::Host && self.exit.is_none();
@@ -374,22 +383,14 @@ impl State {
         self.end.get_or_insert(end);
         self.wake_writer();
         self.wake_watchers();
-        for incoming in self.incoming.iter_mut().flatten() {
-            wake(&mut incoming.waker);
-        }
-        for outgoing in self.outgoing.iter_mut().flatten() {
-            wake(&mut outgoing.waker);
-        }
+        let incoming = self.incoming.iter_mut().flatten();
+        self.woken.extend(incoming.filter_map(|it| it.waker.take()));
+        let outgoing = self.outgoing.iter_mut().flatten();
+        self.woken.extend(outgoing.filter_map(|it| it.waker.take()));
     }
 
     fn wake_watchers(&mut self) {
-        self.watchers.drain(..).for_each(Waker::wake);
-    }
-}
-
-fn wake(waker: &mut Option<Waker>) {
-    if let Some(waker) = waker.take() {
-        waker.wake();
+        self.woken.append(&mut self.watchers);
     }
 }
 
@@ -432,12 +433,13 @@ impl Shared {
             end: None,
             writer: None,
             watchers: Vec::new(),
+            woken: Vec::new(),
         })))
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> Locked<'_> {
         // No statement under this lock can panic half-way through a change.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        Locked::new(self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The next frame to be written; `None` when there will be no more.
