@@ -99,13 +99,7 @@ async fn serve_host(started: Duration) -> Result<(), GuestError> {
     let listener = VsockListener::bind_vsock(Some(VsockPort::SESSIONS), Cid::HOST, leases.clone())?;
     let (control, token) = report_ready(&leases, started).await?;
     let (tally, stop) = (Tally::new(leases), CancellationToken::new());
-    let serving = sessions::serve(
-        listener,
-        token,
-        containers.clone(),
-        tally.clone(),
-        stop.clone(),
-    );
+    let serving = sessions::serve(listener, token, containers.clone(), stop.clone());
     let sessions = Sessions {
         serving: tokio::spawn(serving),
         stop,

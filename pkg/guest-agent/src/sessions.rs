@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podhull_transport::{
-    IncomingSession, SessionTarget, VsockListener, VsockTransport, receive_session, reset,
+    IncomingSession, SessionTarget, TransportError, VsockListener, VsockTransport, receive_session,
+    reset,
 };
 use podhull_types::{Deadline, ProcessRef, Token};
 use tokio::net::TcpStream;
@@ -17,12 +18,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::containers::Containers;
 use crate::stdio;
-use crate::tally::Tally;
 
-/// Time for a session's first frame: the host sends it at once.
+/// Time for a session's first frame, which the host sends at once, and for each
+/// step of the answer.
 const GREETING: Duration = Duration::from_secs(10);
 
-/// Most connections that have not said yet who they are.
+/// Most connections that are accepted and have not said yet who they are. The next
+/// ones wait in the listener's queue: many peers at once are no reason to refuse
+/// one, and who says nothing makes room after [`GREETING`].
 const STRANGERS: usize = 256;
 
 /// Accepts sessions until `stop`, or until the listener ends. One that fails ends
@@ -31,7 +34,6 @@ pub(crate) async fn serve(
     listener: VsockListener,
     token: Token,
     containers: Containers,
-    tally: Tally,
     stop: CancellationToken,
 ) {
     let strangers = Arc::new(Semaphore::new(STRANGERS));
@@ -39,7 +41,7 @@ pub(crate) async fn serve(
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = next(&listener, &strangers) => accepted,
             Some(ended) = sessions.join_next() => {
                 if let Err(error) = ended {
                     tracing::error!(%error, "a session died");
@@ -48,17 +50,10 @@ pub(crate) async fn serve(
             }
         };
         match accepted {
-            Ok(transport) => match Arc::clone(&strangers).try_acquire_owned() {
-                Ok(stranger) => {
-                    let (token, containers) = (token.clone(), containers.clone());
-                    sessions.spawn(session(transport, stranger, token, containers));
-                }
-                Err(_) => {
-                    tally.one_too_many();
-                    let report = transport.close(Deadline::after(Duration::ZERO)).await;
-                    tracing::warn!(%report, "too many connections that say nothing");
-                }
-            },
+            Ok((transport, stranger)) => {
+                let (token, containers) = (token.clone(), containers.clone());
+                sessions.spawn(session(transport, stranger, token, containers));
+            }
             Err(error) => {
                 tracing::error!(%error, "no more sessions");
                 break;
@@ -68,6 +63,17 @@ pub(crate) async fn serve(
     let report = listener.close();
     tracing::debug!(%report, "no more sessions are accepted");
     sessions.shutdown().await;
+}
+
+/// The next connection, once there is a place for it. Cancel safe.
+async fn next(
+    listener: &VsockListener,
+    strangers: &Arc<Semaphore>,
+) -> Result<(VsockTransport, OwnedSemaphorePermit), TransportError> {
+    let Ok(stranger) = Arc::clone(strangers).acquire_owned().await else {
+        unreachable!("nobody closes the semaphore")
+    };
+    Ok((listener.accept().await?, stranger))
 }
 
 async fn session(
@@ -82,18 +88,16 @@ async fn session(
     // Otherwise it was counted and told where it was received.
     if let Ok(incoming) = received {
         match incoming.target().clone() {
-            SessionTarget::Process(id) => process(incoming, &id, &containers, by).await,
-            SessionTarget::Forward { port } => forward(incoming, port, by).await,
+            SessionTarget::Process(id) => process(incoming, &id, &containers).await,
+            SessionTarget::Forward { port } => {
+                forward(incoming, port, Deadline::after(GREETING)).await;
+            }
         }
     }
 }
 
-async fn process(
-    incoming: IncomingSession,
-    id: &ProcessRef,
-    containers: &Containers,
-    by: Deadline,
-) {
+async fn process(incoming: IncomingSession, id: &ProcessRef, containers: &Containers) {
+    let by = Deadline::after(GREETING);
     let process = match containers.process(id) {
         Ok(process) => process,
         Err(error) => {
@@ -141,8 +145,12 @@ async fn connect(port: u16, by: Deadline) -> io::Result<TcpStream> {
     Err(last)
 }
 
-async fn forward(incoming: IncomingSession, port: u16, by: Deadline) {
-    let stream = match connect(port, by).await {
+/// Serves a forwarded connection, if a server is found before `found_by`.
+async fn forward(incoming: IncomingSession, port: u16, found_by: Deadline) {
+    let found = connect(port, found_by).await;
+    // Whatever that took.
+    let by = Deadline::after(GREETING);
+    let stream = match found {
         Ok(stream) => stream,
         Err(error) => return incoming.refuse(&format!("port {port}: {error}"), by).await,
     };
@@ -220,12 +228,12 @@ mod tests {
             let listener =
                 VsockListener::bind_hybrid(&vm, VsockPort::SESSIONS, leases.clone()).unwrap();
             let containers = Containers::new(Reaper::default(), Events::default());
-            let (tally, stop) = (Tally::new(leases.clone()), CancellationToken::new());
+            let stop = CancellationToken::new();
             let token = Token::from_bytes(TOKEN);
             Self {
                 socket: folder.path().join(format!("vm_{}", VsockPort::SESSIONS)),
                 _folder: folder,
-                task: tokio::spawn(serve(listener, token, containers, tally, stop.clone())),
+                task: tokio::spawn(serve(listener, token, containers, stop.clone())),
                 leases,
                 stop,
             }
@@ -265,7 +273,7 @@ mod tests {
         assert_eq!(log.lines().count(), 4, "{log}");
     }
 
-    /// Who says nothing takes a place, and gives it back.
+    /// Who says nothing takes a place, and gives it back: the others wait for it.
     #[tokio::test]
     async fn strangers_are_limited_and_make_room_when_they_go() {
         let mut serving = Serving::new();
@@ -275,21 +283,20 @@ mod tests {
             let connecting = connect(&socket, &leases, number);
             silent.push(soon().run(connecting).await.unwrap());
         }
-        let mut late = UnixStream::connect(&socket).await.unwrap();
-        assert!(has_ended(&mut late).await, "one too many is kept");
+        let next = UnixStream::connect(&socket).await.unwrap();
+        let mut answer = Box::pin(ask(next, TOKEN));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut answer);
+        assert!(early.await.is_err(), "one too many is let in");
         assert_eq!(leases.held().len(), STRANGERS, "one of the others is not");
 
-        // One breaks the protocol: there is room for somebody else, and for no more.
+        // One breaks the protocol: there is room for the next.
         let mut first = silent.remove(0);
         first.write_all(&[0; 8]).await.unwrap();
         assert!(has_ended(&mut first).await);
-        let next = UnixStream::connect(&socket).await.unwrap();
-        let answer = ask(next, TOKEN).await;
+        let answer = answer.await;
         assert!(matches!(answer, SessionError::Refused { .. }), "{answer}");
         let connecting = connect(&socket, &leases, STRANGERS);
         silent.push(soon().run(connecting).await.unwrap());
-        let mut late = UnixStream::connect(&socket).await.unwrap();
-        assert!(has_ended(&mut late).await, "one too many is kept");
 
         // All end with it, and are gone when it is.
         serving.end().await;
@@ -298,5 +305,32 @@ mod tests {
             assert!(has_ended(stranger).await);
         }
         assert!(UnixStream::connect(&socket).await.is_err(), "it listens");
+    }
+    /// Looking for who listens at the port has taken all the time.
+    #[tokio::test]
+    async fn a_refusal_has_time_of_its_own() {
+        let (mut host, guest) = UnixStream::pair().unwrap();
+        let leases = LeaseSet::new("guest");
+        let lease = leases.issue(Holder::new(HolderKind::Session, "test"));
+        let (fd, peer) = (
+            guest.into_std().unwrap().into(),
+            Peer::Guest(VsockPort::SESSIONS),
+        );
+        let transport = VsockTransport::adopt(fd, peer, lease.unwrap()).unwrap();
+        let target = [2, 1, 0];
+        let hello = [&[1, 0][..], &TOKEN, &target].concat();
+        let length = u32::try_from(hello.len()).unwrap().to_le_bytes();
+        let hello = [&[1, 0, 0, 0][..], &length, &hello].concat();
+        host.write_all(&hello).await.unwrap();
+        let token = Token::from_bytes(TOKEN);
+        let incoming = receive_session(transport, &token, soon()).await.unwrap();
+        let mut refusing = Box::pin(forward(incoming, 1, Deadline::after(Duration::ZERO)));
+        // Hanging up before the host has read it could lose it.
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut refusing);
+        assert!(early.await.is_err(), "it hangs up at once");
+        let said = host.read_u8().await.unwrap();
+        assert_eq!(said, 3, "it is no refusal");
+        drop(host);
+        soon().run(refusing).await.unwrap();
     }
 }

@@ -4,8 +4,6 @@
 
 use std::fs;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use podhull_api::agent;
 use podhull_transport::{LeaseSet, metrics};
@@ -14,7 +12,6 @@ use tokio::runtime::Handle;
 /// The numbers. Cloning gives another handle on the same ones.
 #[derive(Debug, Clone)]
 pub struct Tally {
-    crowd: Arc<AtomicU64>,
     leases: LeaseSet,
 }
 
@@ -22,16 +19,7 @@ impl Tally {
     /// Nothing has gone wrong; `leases` are the agent's.
     #[must_use]
     pub fn new(leases: LeaseSet) -> Self {
-        Self {
-            crowd: Arc::default(),
-            leases,
-        }
-    }
-
-    /// Counts a connection that came while too many others had not said who they
-    /// are.
-    pub(crate) fn one_too_many(&self) {
-        self.crowd.fetch_add(1, Ordering::Relaxed);
+        Self { leases }
     }
 
     /// What has gone wrong so far. What the transports count has one number each:
@@ -42,7 +30,6 @@ impl Tally {
             refused_token: metrics::WRONG_TOKEN.get(),
             refused_greeting: metrics::BAD_GREETING.get(),
             refused_silence: metrics::NO_GREETING.get(),
-            refused_crowd: self.crowd.load(Ordering::Relaxed),
             refused_accept: metrics::ACCEPT_FAILED.get(),
             protocol_errors: metrics::PROTOCOL_ERRORS.get(),
             transports_dropped: metrics::DROPPED_UNCLOSED.get(),
@@ -57,12 +44,24 @@ impl Tally {
         // One of them is the folder that they are read from.
         let descriptors = fs::read_dir("/proc/self/fd")?.count().saturating_sub(1);
         let number = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        let status = fs::read_to_string("/proc/self/status")?;
         Ok(agent::Held {
             descriptors: number(descriptors),
             tasks: number(Handle::current().metrics().num_alive_tasks()),
             leases: number(self.leases.held().len()),
+            threads: field(&status, "Threads")?,
+            resident_kib: field(&status, "VmRSS")?,
         })
     }
+}
+
+/// A number in the text of a process's `status`.
+fn field(status: &str, name: &str) -> io::Result<u64> {
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = value.and_then(|value| value.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("no {name} in /proc/self/status")))
 }
 
 #[cfg(test)]
@@ -89,5 +88,29 @@ mod tests {
         let now = tally.held().unwrap();
         assert_eq!((now.tasks, now.leases), (0, 0));
         assert!(now.descriptors < 500, "{now:?}");
+    }
+
+    #[tokio::test]
+    async fn memory_and_threads_are_those_of_the_process() {
+        const THREADS: u64 = 200;
+        let tally = Tally::new(LeaseSet::new("guest"));
+        let all_are_there = std::sync::Barrier::new(usize::try_from(THREADS).unwrap() + 1);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    all_are_there.wait();
+                });
+            }
+            let now = tally.held().unwrap();
+            all_are_there.wait();
+            assert!(now.threads > THREADS, "{now:?}");
+        });
+        let memory = vec![1_u8; 128 << 20];
+        let now = tally.held().unwrap();
+        assert!(now.resident_kib >= 128 << 10, "{now:?}");
+        drop(memory);
+        let now = tally.held().unwrap();
+        assert!(now.threads <= THREADS, "{now:?}");
+        assert!(now.resident_kib < 128 << 10, "{now:?}");
     }
 }

@@ -35,7 +35,6 @@ fn kinds(counts: &Counts, metrics: &Metrics) -> impl IntoIterator<Item = Kind> {
         refused("token", counts.refused_token),
         refused("greeting", counts.refused_greeting),
         refused("silence", counts.refused_silence),
-        refused("crowd", counts.refused_crowd),
         refused("accept", counts.refused_accept),
         error("protocol", counts.protocol_errors),
         error("transport_dropped_unclosed", counts.transports_dropped),
@@ -70,6 +69,8 @@ fn holds(held: &Held, metrics: &Metrics) {
         ("descriptors", held.descriptors),
         ("tasks", held.tasks),
         ("leases", held.leases),
+        ("threads", held.threads),
+        ("resident_kib", held.resident_kib),
     ] {
         let number = i64::try_from(number).unwrap_or(i64::MAX);
         let gauge = metrics.guest_holds.with_label_values(&[what]);
@@ -124,17 +125,16 @@ mod tests {
             refused_token: 1,
             refused_greeting: 2,
             refused_silence: 3,
-            refused_crowd: 4,
-            refused_accept: 5,
-            protocol_errors: 6,
-            transports_dropped: 7,
+            refused_accept: 4,
+            protocol_errors: 5,
+            transports_dropped: 6,
         };
         told.told(&counts, &id, &metrics);
-        let refused = ["token", "greeting", "silence", "crowd", "accept"]
+        let refused = ["token", "greeting", "silence", "accept"]
             .map(|reason| metrics.guest_refused.with_label_values(&[reason]).get());
         let errors = ["protocol", "transport_dropped_unclosed"]
             .map(|kind| metrics.guest_errors.with_label_values(&[kind]).get());
-        assert_eq!((refused, errors), ([1, 2, 3, 4, 5], [6, 7]));
+        assert_eq!((refused, errors), ([1, 2, 3, 4], [5, 6]));
     }
 
     #[test]
@@ -145,11 +145,13 @@ mod tests {
                 descriptors,
                 tasks: 9,
                 leases: 2,
+                threads: 4,
+                resident_kib: 5000,
             };
             holds(&held, &metrics);
         }
-        let now = ["descriptors", "tasks", "leases"]
+        let now = ["descriptors", "tasks", "leases", "threads", "resident_kib"]
             .map(|what| metrics.guest_holds.with_label_values(&[what]).get());
-        assert_eq!(now, [i64::MAX, 9, 2]);
+        assert_eq!(now, [i64::MAX, 9, 2, 4, 5000]);
     }
 }

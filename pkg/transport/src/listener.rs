@@ -4,10 +4,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::{Backlog, listen};
 use podhull_types::{Cid, VsockPort, accept_again};
 use tokio::net::UnixListener;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr};
@@ -20,6 +21,13 @@ use crate::transport::{Peer, VsockTransport};
 
 /// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses a port.
 const VMADDR_PORT_ANY: u32 = u32::MAX;
+
+/// Lets as many connections wait for their accept as the system does (sysctl
+/// `net.core.somaxconn`). The crate that makes the socket allows 128, and AF_VSOCK
+/// resets what is beyond: a burst, or all that came while the guest was frozen.
+fn let_wait(listener: &impl AsFd) -> io::Result<()> {
+    Ok(listen(listener, Backlog::MAXALLOWABLE)?)
+}
 
 #[derive(Debug)]
 enum Socket {
@@ -108,6 +116,7 @@ impl VsockListener {
         };
         let listener = tokio_vsock::VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, wanted))
             .map_err(failed)?;
+        let_wait(&listener).map_err(failed)?;
         let port = VsockPort(listener.local_addr().map_err(failed)?.port());
         Ok(Self {
             socket: Socket::Vsock {
@@ -252,6 +261,31 @@ mod tests {
             assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
             drop(listener);
             assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        }
+    }
+
+    /// Whatever was allowed before. AF_VSOCK itself: `tests/vsock/burst.rs`.
+    #[tokio::test]
+    async fn l7_a_listener_lets_a_burst_wait() {
+        const MANY: usize = 200;
+        let folder = tempfile::tempdir().unwrap();
+        let vm = folder.path().join("vm");
+        let listener =
+            VsockListener::bind_hybrid(&vm, VsockPort::READY, LeaseSet::new("vm")).unwrap();
+        let Socket::Hybrid { listener: few, .. } = &listener.socket else {
+            unreachable!("{listener:?}")
+        };
+        listen(few, Backlog::new(1).unwrap()).unwrap();
+        let_wait(few).unwrap();
+        let mut clients = Vec::new();
+        for number in 0..MANY {
+            let path = folder.path().join(format!("vm_{}", VsockPort::READY));
+            let client = UnixStream::connect(path).await;
+            clients.push(client.unwrap_or_else(|error| panic!("connection {number}: {error}")));
+        }
+        for _ in clients {
+            let transport = soon().run(listener.accept()).await.unwrap().unwrap();
+            assert!(transport.close(soon()).await.is_clean());
         }
     }
 

@@ -25,6 +25,8 @@ use tokio::time::timeout;
 use loopback::{LOCAL, connected, dial, lease, soon, with_loopback};
 use storm::Storm;
 
+#[path = "vsock/burst.rs"]
+mod burst;
 #[path = "shared/loopback.rs"]
 mod loopback;
 #[path = "shared/storm.rs"]

@@ -12,7 +12,8 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
-use crate::procfs;
+use crate::case::Skip;
+use crate::procfs::{self, Processes, Role};
 
 const WITHIN: Duration = Duration::from_secs(20);
 
@@ -85,7 +86,49 @@ fn any_more<N: PartialOrd + Default>(
         .any(|(name, count)| count > then.get(name).unwrap_or(&none))
 }
 
-/// What the agent of a shim's guest holds: descriptors, tasks, leases.
+/// The descriptors of each of a pod's processes, by what they lead to.
+#[derive(Debug)]
+pub(crate) struct OfEach(BTreeMap<&'static str, BTreeMap<String, usize>>);
+
+impl OfEach {
+    pub(crate) fn now(processes: &Processes) -> Result<Self> {
+        let mut counts = BTreeMap::new();
+        for (name, role) in [
+            ("shim", Role::Shim),
+            ("VMM", Role::Vmm),
+            ("file server", Role::FileServer),
+            ("vsock daemon", Role::VsockDaemon),
+        ] {
+            match processes.pid(role) {
+                Ok(pid) => drop(counts.insert(name, descriptors(pid)?)),
+                Err(error) if error.is::<Skip>() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Self(counts))
+    }
+
+    /// Waits until none of them has more than this again.
+    pub(crate) async fn again(&self, processes: &Processes) -> Result<()> {
+        let by = Instant::now() + WITHIN;
+        loop {
+            let now = Self::now(processes)?;
+            let mut pairs = now.0.iter().zip(&self.0);
+            if pairs.all(|((_, now), (_, then))| !any_more(now, then)) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// What the memory of a process may grow by while it does the same again and
+/// again: an allocator keeps what was given back.
+pub(crate) const GROWTH_KIB: i64 = 4096;
+
+/// What the agent of a shim's guest holds: descriptors, tasks, leases, threads,
+/// memory.
 #[derive(Debug, Clone)]
 pub(crate) struct InGuest(BTreeMap<String, i64>);
 
@@ -110,16 +153,19 @@ impl InGuest {
                 held.insert(what.to_owned(), number.parse().context(line.to_owned())?);
             }
         }
-        ensure!(held.len() == 3, "the agent says {held:?}");
+        ensure!(held.len() == 5, "the agent says {held:?}");
         Ok(Self(held))
     }
 
-    /// Waits until it holds no more than this again.
+    /// Waits until it holds no more than this again, and hardly more memory.
     pub(crate) async fn again(&self, shim: u32) -> Result<()> {
+        let mut most = self.0.clone();
+        let resident = most.get_mut("{what=\"resident_kib\"}");
+        *resident.context("no memory is told of")? += GROWTH_KIB;
         let by = Instant::now() + WITHIN;
         loop {
             let now = Self::now(shim).await?;
-            if !any_more(&now.0, &self.0) {
+            if !any_more(&now.0, &most) {
                 return Ok(());
             }
             ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");

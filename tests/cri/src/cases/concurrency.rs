@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Things happen at once, are given up half way, or again and again.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
-use podhull_testkit::oracle::{assert_clean, descriptors};
+use podhull_testkit::oracle::assert_clean;
 
 use super::lifecycle::boot_id;
 use crate::case::{cases, same};
 use crate::context::Context;
-use crate::procfs::{Processes, Role};
+use crate::held::OfEach;
+use crate::procfs::Processes;
 
 cases! {
     ALL_TWICE:
@@ -132,20 +132,6 @@ async fn lifecycle_pod_removed_while_a_container_starts_leaves_nothing(t: &Conte
 async fn exec_repeated_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
     let (pod, container) = t.idle().await?;
     let processes = Processes::of(pod.id())?;
-    let counts = || -> Result<BTreeMap<&str, BTreeMap<String, usize>>> {
-        let mut counts = BTreeMap::new();
-        for (name, role) in [
-            ("shim", Role::Shim),
-            ("VMM", Role::Vmm),
-            ("file server", Role::FileServer),
-            ("vsock daemon", Role::VsockDaemon),
-        ] {
-            if let Ok(pid) = processes.pid(role) {
-                counts.insert(name, descriptors(pid)?);
-            }
-        }
-        Ok(counts)
-    };
     let round = async || -> Result<()> {
         container.shell("echo x; exit 1").await?;
         // Neither may one that fails, nor one whose streams nobody reads, leave something.
@@ -158,20 +144,9 @@ async fn exec_repeated_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
     };
     round().await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let before = counts()?;
+    let before = OfEach::now(&processes)?;
     for _ in 0..10 {
         round().await?;
     }
-    let by = Instant::now() + Duration::from_secs(10);
-    loop {
-        let after = counts()?;
-        if after == before {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < by,
-            "descriptors after 30 execs: {after:#?}, before: {before:#?}"
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    before.again(&processes).await
 }

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 
 use crate::case::{cases, same};
 use crate::context::{Context, heavy};
-use crate::held::{Held, InGuest};
+use crate::held::{GROWTH_KIB, Held, InGuest, OfEach};
 use crate::peer::{SIZE, Spdy, echoes, numbers, rest, serve};
 use crate::procfs::{self, Processes, Role};
 use crate::stream::Session;
@@ -310,17 +310,17 @@ async fn load_that_has_ended_leaves_the_shim_as_it_was(t: &Context) -> Result<()
     inside.again(shim).await
 }
 
-fn resident_kib(pid: u32) -> Result<u64> {
+fn resident_kib(pid: u32) -> Result<i64> {
     let text = procfs::status(pid, "VmRSS")?;
     text.trim_end_matches(" kB").parse().context(text)
 }
 
 async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
-    const GROWTH_KIB: u64 = 4096;
     let many = if heavy() { 1000 } else { 100 };
     let (pod, container) = t.idle().await?;
     let container = &container;
-    let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
+    let processes = Processes::of(pod.id())?;
+    let shim = processes.pid(Role::Shim)?;
     let some = async |count: u32| {
         for number in 0..count {
             let output = container
@@ -347,6 +347,7 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
     }
     some(20).await?;
     let (before, resident) = (Held::at_rest(shim).await?, resident_kib(shim)?);
+    let each = OfEach::now(&processes)?;
     let inside = InGuest::now(shim).await?;
     some(many).await?;
     at_once().await?;
@@ -356,5 +357,6 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
         now <= resident + GROWTH_KIB,
         "{resident} KiB were resident, now {now}"
     );
+    each.again(&processes).await?;
     inside.again(shim).await
 }
