@@ -2,10 +2,16 @@
 //! Whether KVM really works here.
 
 use std::path::Path;
+use std::time::Duration;
+
+use podhull_types::Deadline;
 
 use crate::error::VmmError;
 use crate::image;
 use crate::sys;
+
+/// Time for the probe's virtual CPU to halt: a broken KVM may leave it spinning.
+const PROBE: Duration = Duration::from_secs(10);
 
 /// What may be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,16 +40,25 @@ pub async fn probe_acceleration(
     qemu: &Path,
 ) -> Result<Acceleration, VmmError> {
     image::check_program("qemu", qemu)?;
-    let probed = tokio::task::spawn_blocking(probe_kvm)
-        .await
-        .unwrap_or_else(|error| Err(error.to_string()));
-    match probed {
+    match probed(Deadline::after(PROBE), probe_kvm).await {
         Ok(()) => Ok(Acceleration::Kvm),
         Err(reason) if policy.allow_emulation => {
             tracing::warn!(%reason, "no KVM: guests are emulated, slowly and without isolation");
             Ok(Acceleration::Emulation)
         }
         Err(reason) => Err(VmmError::NoKvm(reason)),
+    }
+}
+
+/// What `probe` finds, which goes on by itself if it takes longer.
+async fn probed(
+    by: Deadline,
+    probe: impl FnOnce() -> Result<(), String> + Send + 'static,
+) -> Result<(), String> {
+    match by.run(tokio::task::spawn_blocking(probe)).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("a probe VM did not end in time".into()),
     }
 }
 
@@ -73,6 +88,17 @@ mod tests {
         assert!(has_virtualization("flags\t\t: fpu vmx sse\n"));
         assert!(has_virtualization("flags\t\t: svm\n"));
         assert!(!has_virtualization("flags\t\t: fpu svme\nbugs: vmx\n"));
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_spins_is_not_waited_for() {
+        let (let_go, held) = std::sync::mpsc::channel::<()>();
+        let by = Deadline::after(Duration::from_millis(20));
+        let probe = move || held.recv().map_err(|error| error.to_string());
+        let said = Deadline::after(Duration::from_secs(5)).run(probed(by, probe));
+        let reason = said.await.expect("it is waited for").unwrap_err();
+        assert!(reason.contains("in time"), "{reason}");
+        drop(let_go);
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
@@ -23,13 +23,16 @@ use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt,
 };
 use podhull_types::Deadline;
+use rustix::io::Errno;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open,
+    pidfd_send_signal, waitpgid, waitpid,
 };
 use serde::Serialize;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 
 use crate::console::Console;
 use crate::error::VmmError;
@@ -45,6 +48,9 @@ pub(crate) const FIRST_FD: i32 = 5;
 const STDERR_BYTES: usize = 8 * 1024;
 /// How long the last words of one that has ended may be on their way.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+/// How long the kernel may take to end what was killed. What it then still holds
+/// is reaped when it ends, and not waited for.
+pub(crate) const DIES: Duration = Duration::from_secs(2);
 
 /// A child that was started as a helper of ours.
 #[derive(Debug, Clone)]
@@ -124,11 +130,27 @@ impl Unreaped {
         }
     }
 
+    /// Kills it; how it ended, if it did in time.
     async fn kill(self) -> io::Result<ExitStatus> {
+        let pid = self.pid;
         if let Err(errno) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            tracing::debug!(pid = %self.pid, %errno, "not killed");
+            tracing::debug!(%pid, %errno, "not killed");
         }
-        self.ended().await
+        // Ends with the process, also if that is waited for no longer.
+        let reaping = tokio::spawn(self.ended());
+        in_time(pid, reaping).await
+    }
+
+    /// The same with all that it has started: a helper goes on in a process whose
+    /// PID is not known before it greets, but which is of its group.
+    async fn kill_group(self) -> io::Result<ExitStatus> {
+        let pid = self.pid;
+        if let Err(errno) = kill_process_group(pid, Signal::KILL) {
+            tracing::debug!(%pid, %errno, "not killed");
+        }
+        // Ends with the processes.
+        let reaping = tokio::task::spawn_blocking(move || reap_group(pid));
+        in_time(pid, reaping).await
     }
 
     /// Waits for its end, and reaps it.
@@ -145,6 +167,32 @@ fn reap(pid: Pid) -> io::Result<ExitStatus> {
     match waitpid(Some(pid), WaitOptions::empty())? {
         Some((_, status)) => Ok(ExitStatus::from_raw(status.as_raw())),
         None => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// Reaps the children of `leader`'s group; gives how `leader` ended.
+fn reap_group(leader: Pid) -> io::Result<ExitStatus> {
+    let mut ended = Err(io::ErrorKind::NotFound.into());
+    loop {
+        match waitpgid(leader, WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid == leader => {
+                ended = Ok(ExitStatus::from_raw(status.as_raw()));
+            }
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::CHILD) => return ended,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// The end of what was killed.
+async fn in_time(pid: Pid, reaping: JoinHandle<io::Result<ExitStatus>>) -> io::Result<ExitStatus> {
+    match Deadline::after(DIES).run(reaping).await {
+        Ok(reaped) => reaped.map_err(io::Error::other)?,
+        Err(elapsed) => {
+            tracing::error!(%pid, "a child was killed and does not end");
+            Err(io::Error::new(io::ErrorKind::TimedOut, elapsed))
+        }
     }
 }
 
@@ -191,24 +239,33 @@ impl Child {
         let first = Unreaped::adopt(pid).map_err(failed(name))?;
         let greeted = by.run(greeting(&channel)).await;
         let Ok(Ok(pid)) = greeted else {
-            let status = first.kill().await.map_err(failed(name))?;
+            let status = first.kill_group().await;
             said.ended(Deadline::after(LAST_WORDS)).await;
             let said = said.tail();
-            return Err(match greeted {
-                Err(_) => VmmError::ChildSlow { name, said },
-                Ok(_) => VmmError::ChildDied {
+            return Err(match (greeted, status) {
+                (Err(_), _) => VmmError::ChildSlow { name, said },
+                (Ok(_), Ok(status)) => VmmError::ChildDied {
                     name,
                     status: status.to_string(),
                     said,
                 },
+                (Ok(_), Err(error)) => failed(name)(error),
             });
         };
         let process = if pid == first.pid {
             first
         } else {
-            let status = first.ended().await;
+            // Ends with the first process, which has nothing to do any more.
+            let reaping = tokio::spawn(first.ended());
+            let second = Unreaped::adopt(pid).map_err(failed(name))?;
+            let Ok(status) = by.run(reaping).await else {
+                let status = second.kill().await;
+                tracing::error!(name, ?status, "its first process does not end");
+                let said = said.tail();
+                return Err(VmmError::ChildSlow { name, said });
+            };
             tracing::trace!(name, ?status, "the child has a process of its own");
-            Unreaped::adopt(pid).map_err(failed(name))?
+            second
         };
         if let Err(error) = channel.write_all(&[0]).await {
             let status = process.kill().await;
@@ -336,6 +393,7 @@ fn command(
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .current_dir("/")
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(streams.stdout.map_or_else(Stdio::null, Stdio::from))
         .stderr(stderr)
@@ -350,68 +408,4 @@ fn pid_of(process: &std::process::Child) -> io::Result<Pid> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    fn soon() -> Deadline {
-        Deadline::after(Duration::from_secs(10))
-    }
-
-    fn is_there(pid: Pid) -> bool {
-        Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists()
-    }
-
-    async fn start(helper: &Path, by: Deadline) -> Result<Child, VmmError> {
-        Child::start("test", helper, "1000", &(), Streams::default(), by).await
-    }
-
-    /// A helper that is a shell script.
-    fn helper(folder: &Path, script: &str) -> std::path::PathBuf {
-        let path = folder.join("helper");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        path
-    }
-
-    #[tokio::test]
-    async fn a_child_that_cannot_be_watched_is_killed_and_reaped() {
-        let mut command = Command::new("sleep");
-        command.arg("1000");
-        let pid = spawn_on_lasting_thread(command).await.unwrap();
-        let refused = Unreaped::adopt_with(pid, |_| Err(io::ErrorKind::Other.into()));
-        assert!(refused.is_err());
-        assert!(!is_there(pid));
-    }
-
-    #[tokio::test]
-    async fn a_helper_that_greets_is_the_child() {
-        let folder = tempfile::tempdir().unwrap();
-        let helper = helper(
-            folder.path(),
-            "printf x >&4; head -c 1 <&4 >/dev/null; exit 7",
-        );
-        let child = start(&helper, soon()).await.unwrap();
-        assert_eq!(child.ended().await, "exit status: 7");
-        assert!(child.has_ended());
-    }
-
-    #[tokio::test]
-    async fn a_helper_that_ends_without_a_word_is_named_with_its_last_words() {
-        let folder = tempfile::tempdir().unwrap();
-        let helper = helper(folder.path(), "echo no root >&2; exit 3");
-        let error = start(&helper, soon()).await.unwrap_err().to_string();
-        assert!(
-            error.contains("exit status: 3") && error.contains("no root"),
-            "{error}"
-        );
-    }
-
-    #[tokio::test]
-    async fn a_helper_that_says_nothing_is_not_waited_for_ever() {
-        let by = Deadline::after(Duration::from_millis(50));
-        let error = start(Path::new("/bin/sleep"), by).await.unwrap_err();
-        assert!(matches!(error, VmmError::ChildSlow { .. }), "{error}");
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use podhull_transport::{GuestAddress, LeaseSet, VsockListener};
 use podhull_types::{Cid, Deadline, VsockPort};
 
-use crate::child::{Child, Streams};
+use crate::child::{Child, DIES, Streams};
 use crate::error::VmmError;
 use crate::helper::jail::{self, Bind};
 use crate::image;
@@ -184,7 +184,9 @@ async fn start_daemon(
         }),
         Err(error) => {
             daemon.kill();
-            daemon.ended().await;
+            if Deadline::after(DIES).run(daemon.ended()).await.is_err() {
+                tracing::error!("the vsock daemon was killed and does not end");
+            }
             Err(error)
         }
     }
