@@ -4,6 +4,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use podhull_types::ContainerId;
+
 /// A mount or file of a shared tree.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -28,6 +30,9 @@ pub enum StorageError {
         #[source]
         source: io::Error,
     },
+    /// A mount came after the end of its container.
+    #[error("container {0} was removed meanwhile")]
+    Removed(ContainerId),
     /// A container came without a root filesystem.
     #[error("rootfs: the snapshotter gave no mounts")]
     NoRootfs,
@@ -47,7 +52,7 @@ impl StorageError {
                     | io::ErrorKind::IsADirectory
                     | io::ErrorKind::InvalidInput
             ),
-            Self::Path { .. } => false,
+            Self::Path { .. } | Self::Removed(_) => false,
         }
     }
 

@@ -127,6 +127,46 @@ impl SharedTree {
         GuestPath(path.strip_prefix(&self.root).unwrap_or(path).into())
     }
 
+    /// Notes a mount point to be made for a container: its folder and the number
+    /// of those before it give its name. What makes it may block for as long as a
+    /// server is away, and holds nobody else up.
+    fn note(
+        &self,
+        container: &ContainerId,
+        name: impl FnOnce(usize) -> String,
+    ) -> Result<PathBuf, StorageError> {
+        let folder = self.folder(container)?;
+        let mut containers = self.containers();
+        let made = containers.entry(container.clone()).or_default();
+        let point = folder.join(name(made.points.len()));
+        made.points.push(point.clone());
+        Ok(point)
+    }
+
+    /// What came of a mount at `point`. If its container was removed meanwhile,
+    /// whoever did that has not seen it.
+    fn made(
+        &self,
+        container: &ContainerId,
+        point: PathBuf,
+        mounted: Result<(), StorageError>,
+    ) -> Result<GuestPath, StorageError> {
+        let noted = self
+            .containers()
+            .get(container)
+            .is_some_and(|made| made.points.contains(&point));
+        if noted {
+            return mounted.map(|()| self.relative(&point));
+        }
+        let late = Made {
+            points: vec![point],
+            files: vec![],
+        };
+        let report = self.remove(container, &late, Deadline::after(Duration::ZERO))?;
+        tracing::warn!(%container, ?report, "a mount came after its container's end");
+        mounted.and(Err(StorageError::Removed(container.clone())))
+    }
+
     /// Mounts a container's root filesystem from the snapshotter's mounts.
     ///
     /// # Errors
@@ -137,18 +177,18 @@ impl SharedTree {
         container: &ContainerId,
         entries: &[RootfsMount],
     ) -> Result<GuestPath, StorageError> {
-        let point = self.folder(container)?.join(ROOTFS);
-        let mut containers = self.containers();
-        let made = containers.entry(container.clone()).or_default();
-        fs::create_dir(self.writable(&point)).map_err(StorageError::path("make folder", &point))?;
-        made.points.push(point.clone());
-        if entries.is_empty() {
-            return Err(StorageError::NoRootfs);
-        }
-        for entry in entries {
-            mounts::mount_rootfs(entry, &point)?;
-        }
-        Ok(self.relative(&point))
+        let point = self.note(container, |_| ROOTFS.into())?;
+        let mount = || {
+            fs::create_dir(self.writable(&point))
+                .map_err(StorageError::path("make folder", &point))?;
+            if entries.is_empty() {
+                return Err(StorageError::NoRootfs);
+            }
+            let mut entries = entries.iter();
+            entries.try_for_each(|entry| mounts::mount_rootfs(entry, &point))
+        };
+        let mounted = mount();
+        self.made(container, point, mounted)
     }
 
     /// Binds a volume.
@@ -160,14 +200,11 @@ impl SharedTree {
         container: &ContainerId,
         volume: &Volume,
     ) -> Result<GuestPath, StorageError> {
-        let folder = self.folder(container)?;
-        let mut containers = self.containers();
-        let made = containers.entry(container.clone()).or_default();
-        let point = folder.join(format!("v{}", made.points.len()));
-        mounts::make_point(&volume.source, &self.writable(&point))?;
-        made.points.push(point.clone());
-        mounts::bind(volume, &self.writable(&point), &point)?;
-        Ok(self.relative(&point))
+        let point = self.note(container, |number| format!("v{number}"))?;
+        let below = self.writable(&point);
+        let mounted = mounts::make_point(&volume.source, &below)
+            .and_then(|()| mounts::bind(volume, &below, &point));
+        self.made(container, point, mounted)
     }
 
     /// Writes a file that the container sees and may write to, as to those that

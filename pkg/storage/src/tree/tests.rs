@@ -206,3 +206,90 @@ fn a_mount_that_is_given_back_in_time_is_not_detached() {
         assert!(tree.teardown(soon()).unwrap().is_clean());
     });
 }
+
+/// A volume whose server is away, as a FUSE file system that is never answered
+/// for: whoever looks at it waits until this is dropped.
+struct Away {
+    at: PathBuf,
+    server: Option<File>,
+}
+
+impl Away {
+    fn new(at: PathBuf) -> Option<Self> {
+        let Ok(server) = File::options().read(true).write(true).open("/dev/fuse") else {
+            println!("SKIP: no /dev/fuse");
+            return None;
+        };
+        fs::create_dir(&at).unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            server.as_raw_fd()
+        );
+        let (kind, flags) = (Some("fuse"), nix::mount::MsFlags::empty());
+        nix::mount::mount(Some("away"), &at, kind, flags, Some(options.as_str())).unwrap();
+        let server = Some(server);
+        Some(Self { at, server })
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        nix::mount::umount2(&self.at, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_volume_that_blocks_holds_no_other_container_up() {
+    in_own_mounts(|folder| {
+        let absent = folder.join("away");
+        let Some(server) = Away::new(absent.clone()) else {
+            return;
+        };
+        let tree = SharedTree::create(&folder.join("share")).unwrap();
+        let [stuck, other] = ["c1", "c2"].map(|id| ContainerId::new(id).unwrap());
+        let noted = || {
+            let containers = tree.containers.try_lock();
+            containers.is_ok_and(|containers| containers.contains_key(&stuck))
+        };
+        std::thread::scope(|scope| {
+            let binding = scope.spawn(|| tree.bind(&stuck, &volume(&absent, false)));
+            let by = soon();
+            while !noted() && !by.passed() {
+                std::thread::yield_now();
+            }
+            let goes_on = noted().then(|| {
+                tree.mount_rootfs(&other, &[tmpfs()]).unwrap();
+                tree.write_file(&other, "hosts", b"x").unwrap();
+                let removed = [&other, &stuck].map(|id| tree.remove_container(id, soon()));
+                (binding.is_finished(), removed.map(Result::unwrap))
+            });
+            drop(server);
+            let bound = binding.join().unwrap();
+            let clean = [RemoveReport::default(), RemoveReport::default()];
+            assert_eq!(goes_on, Some((false, clean)), "the others wait");
+            assert!(bound.is_err(), "{bound:?}");
+        });
+        assert!(tree.teardown(soon()).unwrap().is_clean());
+        assert!(!folder.join("share").exists());
+    });
+}
+
+#[test]
+fn a_mount_behind_the_removal_of_its_container_goes() {
+    in_own_mounts(|folder| {
+        let root = folder.join("share");
+        let tree = SharedTree::create(&root).unwrap();
+        let id = ContainerId::new("c1").unwrap();
+        let source = folder.join("source");
+        fs::create_dir(&source).unwrap();
+        let bound = tree.bind(&id, &volume(&source, false)).unwrap();
+        // The removal took what was noted and saw no mount yet.
+        tree.containers().remove(&id);
+        let point = root.join(bound.as_path());
+        let late = tree.made(&id, point, Ok(()));
+        assert!(matches!(late, Err(StorageError::Removed(_))), "{late:?}");
+        assert!(!root.join("c1").exists());
+        assert!(tree.teardown(soon()).unwrap().is_clean());
+    });
+}
