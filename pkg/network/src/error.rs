@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a pod's network cannot be handed to a VM.
 
+use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
@@ -18,12 +19,13 @@ pub enum NetworkError {
         source: io::Error,
     },
     /// The kernel refused a step.
-    #[error("{step}: {reason}")]
+    #[error("{step}")]
     Step {
         /// Which step.
         step: String,
         /// What the kernel said.
-        reason: String,
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
     },
     /// The CNI left nothing that could be handed over.
     #[error("network namespace {} has no interface with an address", .0.display())]
@@ -48,11 +50,31 @@ pub enum NetworkError {
 }
 
 impl NetworkError {
-    pub(crate) fn step<E: std::fmt::Display>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn step<E: Into<Box<dyn Error + Send + Sync>>>(
+        step: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self {
         let step = step.into();
         move |error| Self::Step {
             step,
-            reason: error.to_string(),
+            source: error.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podhull_types::chain;
+
+    use super::*;
+
+    #[test]
+    fn a_step_keeps_what_the_kernel_said() {
+        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+        let error = NetworkError::step("make the tap")(denied);
+        let source = error
+            .source()
+            .and_then(|source| source.downcast_ref::<io::Error>());
+        assert_eq!(source.unwrap().kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(chain(&error), "make the tap: permission denied");
     }
 }

@@ -2,20 +2,22 @@
 //! From nothing to an agent that answers.
 
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podhull_agent_client::{AgentError, Connected, wait_for_agent};
 use podhull_api::agent;
-use podhull_network::{LoopbackListener, PodNetwork};
+use podhull_network::{LoopbackListener, NetworkError, PodNetwork};
 use podhull_storage::SharedTree;
 use podhull_types::{BootPhase, BootTimes, Deadline, Token, chain};
 use podhull_vmm::{
-    AccelPolicy, Acceleration, CgroupPlacement, Launched, Programs, SHARE_TAG, VmConfig, VmNetwork,
-    VmUser,
+    AccelPolicy, Acceleration, CgroupPlacement, Launched, Programs, SHARE_TAG, Vm, VmConfig,
+    VmNetwork, VmUser,
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::calls::VM_ENDS;
 use crate::error::SandboxError;
 use crate::rundir::{Record, RunDir};
 use crate::sandbox::{Booted, Sandbox};
@@ -109,7 +111,7 @@ async fn bring_up(
     let share = parts.run_dir.share();
     parts.tree = Some(Arc::new(SharedTree::create(&share)?));
     if let Some(netns) = &spec.netns {
-        parts.network = Some(PodNetwork::attach(netns, Deadline::after(HOST_SETUP)).await?);
+        parts.network = Some(attach(netns, Deadline::after(HOST_SETUP)).await?);
     }
     let network = parts
         .network
@@ -174,7 +176,7 @@ async fn bring_up(
     let kernel = agent_started.saturating_sub(connected.times.kernel_to_agent);
     times.note(BootPhase::KernelEntered, kernel.max(spawned));
 
-    let configured = configure(spec, parts, &connected, by).await;
+    let configured = configure(parts, spec, &connected, by, give_up).await;
     match configured {
         Ok(()) => {
             times.note(BootPhase::Configured, spec.started.elapsed());
@@ -186,6 +188,20 @@ async fn bring_up(
             Err(error)
         }
     }
+}
+
+/// Ties the pod's network to a tap. What is half done at the deadline is removed:
+/// nobody would have it.
+async fn attach(netns: &Path, by: Deadline) -> Result<PodNetwork, NetworkError> {
+    let attached = PodNetwork::attach(netns, by).await;
+    if let Err(NetworkError::Deadline | NetworkError::Lost) = attached {
+        let swept = podhull_network::sweep(netns, Deadline::after(HOST_SETUP)).await;
+        if let Err(error) = swept {
+            let error = chain(&error);
+            tracing::error!(netns = %netns.display(), error, "a redirect may be left");
+        }
+    }
+    attached
 }
 
 /// Memory in MiB and vCPUs of the VM.
@@ -213,7 +229,7 @@ fn size(runtime: &Runtime, spec: &SandboxSpec) -> Result<(u32, u32), SandboxErro
 
 fn random_token() -> Result<Token, SandboxError> {
     let mut bytes = [0; Token::LEN];
-    let path = std::path::Path::new("/dev/urandom");
+    let path = Path::new("/dev/urandom");
     std::fs::File::open(path)
         .and_then(|mut random| random.read_exact(&mut bytes))
         .map_err(|source| SandboxError::File {
@@ -260,33 +276,55 @@ async fn ready_or_gone(
             () = give_up.cancelled() => {}
         }
     };
-    let connected = wait_for_agent(ready, token, by, nobody_comes).await;
-    connected.map_err(|source| {
-        let death = vm.died().borrow().as_ref().map(ToString::to_string);
-        let reason = match (death, &source) {
-            (Some(death), _) => death,
-            (None, _) if give_up.is_cancelled() => {
-                return SandboxError::Stopping(spec.id.clone());
-            }
-            (None, AgentError::VmGone { .. }) => "its supervisor ended".to_owned(),
-            (None, _) => {
-                let console = vm.console_tail();
-                return SandboxError::NotReady { source, console };
-            }
-        };
-        SandboxError::VmDied {
-            id: spec.id.clone(),
-            reason,
-        }
-    })
+    match wait_for_agent(ready, token, by, nobody_comes).await {
+        Ok(connected) => Ok(connected),
+        Err(error) => Err(explained(vm.as_ref(), spec, give_up, error).await),
+    }
 }
 
-async fn configure(
+/// Why a guest does not come up, or does not go on: what it answered, what its VM
+/// ended with, or else what its console shows.
+async fn explained(
+    vm: &dyn Vm,
     spec: &SandboxSpec,
+    give_up: &CancellationToken,
+    source: AgentError,
+) -> SandboxError {
+    let mut died = vm.died();
+    match &source {
+        AgentError::Rpc { .. } => return source.into(),
+        AgentError::Deadline { .. } | AgentError::NotReady(_) => {}
+        _ if give_up.is_cancelled() => {}
+        // The connection ends before the VM is seen to.
+        _ => {
+            let ended = died.wait_for(Option::is_some);
+            let ended = Deadline::after(VM_ENDS).run(ended).await.is_ok();
+            tracing::debug!(ended, "the connection to the guest ended");
+        }
+    }
+    let id = spec.id.clone();
+    match &*died.borrow() {
+        Some(death) => {
+            let reason = death.to_string();
+            SandboxError::VmDied { id, reason }
+        }
+        None if give_up.is_cancelled() => SandboxError::Stopping(id),
+        None => {
+            let console = vm.console_tail();
+            SandboxError::NotReady { source, console }
+        }
+    }
+}
+
+/// Tells the guest what it is, or fails as [`ready_or_gone`] does.
+async fn configure(
     parts: &Parts,
+    spec: &SandboxSpec,
     connected: &Connected,
     by: Deadline,
+    give_up: &CancellationToken,
 ) -> Result<(), SandboxError> {
+    let vm = parts.vm.as_ref().ok_or_else(|| gone(spec))?;
     let network = parts
         .network
         .as_ref()
@@ -337,13 +375,14 @@ async fn configure(
         share_tag: SHARE_TAG.to_owned(),
         shm_size: spec.shm_size.unwrap_or(0),
     };
-    connected
-        .channel
-        .call("Configure", by, async |mut client| {
-            client.configure(request).await
-        })
-        .await?;
-    Ok(())
+    let asked = connected.channel.call("Configure", by, async |mut client| {
+        client.configure(request).await
+    });
+    match give_up.run_until_cancelled(asked).await {
+        Some(Ok(_)) => Ok(()),
+        Some(Err(error)) => Err(explained(vm.as_ref(), spec, give_up, error).await),
+        None => Err(SandboxError::Stopping(spec.id.clone())),
+    }
 }
 
 /// Logs the boot's phases, and keeps them for whoever looks.
@@ -360,3 +399,6 @@ pub(crate) fn show(sandbox: &Sandbox, times: &BootTimes) {
         .collect();
     tracing::info!(sandbox = %sandbox.spec.id, phases = %phases.join(" "), "booted");
 }
+
+#[cfg(test)]
+mod tests;

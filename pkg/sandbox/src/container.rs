@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
 use podhull_api::agent;
-use podhull_storage::SharedTree;
+use podhull_storage::{RemoveReport, SharedTree, StorageError};
 use podhull_types::{ContainerId, Deadline, ProcessRef, chain};
+use tokio_util::sync::CancellationToken;
 
 use crate::ContainerStats;
+use crate::blocking::{Unfinished, blocking};
 use crate::error::SandboxError;
 use crate::exec::{exec_id, wire_stdio};
 use crate::process::Process;
@@ -21,6 +23,8 @@ use crate::translate::{GuestSpec, check_fields, translate};
 const AFTER_DRAIN: Duration = Duration::from_secs(3);
 /// Time for unmounting a container's tree.
 const UNMOUNT: Duration = Duration::from_secs(5);
+/// Least time for it: what nobody uses goes at once, the rest is detached.
+const UNUSED: Duration = Duration::from_secs(1);
 
 impl Sandbox {
     /// Makes a container ready to start. Returns the PID to report.
@@ -65,7 +69,7 @@ impl Sandbox {
             oci,
             rootfs,
             pid_namespace,
-        } = self.translate(spec, tree).await?;
+        } = self.translate(spec, tree, self.call_deadline()).await?;
         let spec_json = serde_json::to_vec(&oci).map_err(|source| SandboxError::Encode {
             what: "spec",
             container: spec.id.clone(),
@@ -99,21 +103,36 @@ impl Sandbox {
     }
 
     /// Mounts what the container needs and translates its spec. A mount, and a
-    /// look at a volume, can block in the kernel for as long as a server is away.
+    /// look at a volume, can block in the kernel for as long as a server is away:
+    /// what is then given up is undone by who did it, once it can go on.
     async fn translate(
         &self,
         spec: &Arc<ContainerSpec>,
         tree: &Arc<SharedTree>,
+        by: Deadline,
     ) -> Result<GuestSpec, SandboxError> {
         let (sandbox, targets) = (self.spec.clone(), self.pid_targets());
         let (spec, tree) = (Arc::clone(spec), Arc::clone(tree));
         let id = spec.id.clone();
-        tokio::task::spawn_blocking(move || translate(&sandbox, &spec, &tree, &targets))
-            .await
-            .unwrap_or_else(|error| {
-                tracing::error!(container = %id, %error, "translating a spec died");
+        let given_up = CancellationToken::new();
+        let seen = given_up.clone();
+        let _gives_up = given_up.drop_guard();
+        let translated = blocking(by, move || {
+            let translated = translate(&sandbox, &spec, &tree, &targets);
+            if seen.is_cancelled() {
+                let removed = tree.remove_container(&spec.id, Deadline::after(UNMOUNT));
+                note_removal(&spec.id, removed);
+            }
+            translated
+        });
+        match translated.await {
+            Ok(translated) => translated,
+            Err(Unfinished::Blocked) => Err(SandboxError::Blocked(id)),
+            Err(died @ Unfinished::Died(_)) => {
+                tracing::error!(container = %id, error = chain(&died), "translating a spec");
                 Err(SandboxError::refused("spec", "it cannot be translated"))
-            })
+            }
+        }
     }
 
     /// The PIDs that a container's spec may name in `/proc/<PID>/ns/pid`.
@@ -276,17 +295,27 @@ async fn ask_delete(
 
 async fn remove_tree(tree: Arc<SharedTree>, container: &ContainerId, by: Deadline) {
     let id = container.clone();
-    // Unmounting can block in the kernel.
-    let removed = tokio::task::spawn_blocking(move || tree.remove_container(&id, by)).await;
-    match removed {
-        // The guest, or the file server, still has something of what was detached.
-        Ok(Ok(report)) if !report.is_clean() || !report.detached.is_empty() => {
-            tracing::warn!(%container, ?report, "container's tree not quite removed");
+    let ends = by.max(Deadline::after(UNUSED));
+    match blocking(ends, move || tree.remove_container(&id, by)).await {
+        Ok(removed) => note_removal(container, removed),
+        Err(error) => {
+            tracing::error!(%container, error = chain(&error), "removing a container's tree");
         }
-        Ok(Ok(report)) => tracing::debug!(%container, ?report, "container's tree removed"),
-        Ok(Err(error)) => {
-            tracing::warn!(%container, error = chain(&error), "container's tree not removed");
-        }
-        Err(error) => tracing::error!(%container, %error, "removing a container's tree died"),
     }
 }
+
+fn note_removal(container: &ContainerId, removed: Result<RemoveReport, StorageError>) {
+    match removed {
+        // The guest, or the file server, still has something of what was detached.
+        Ok(report) if !report.is_clean() || !report.detached.is_empty() => {
+            tracing::warn!(%container, ?report, "container's tree not quite removed");
+        }
+        Ok(report) => tracing::debug!(%container, ?report, "container's tree removed"),
+        Err(error) => {
+            tracing::warn!(%container, error = chain(&error), "container's tree not removed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -118,6 +118,9 @@ pub enum SandboxError {
     /// What a shim left cannot be removed.
     #[error("left: {}", .0.join("; "))]
     Left(Vec<String>),
+    /// What a container is to have cannot be mounted, or looked at, in time.
+    #[error("container {0}: its mounts take too long; the server of a volume may be away")]
+    Blocked(ContainerId),
     /// A spec could not be encoded for the guest.
     #[error("encode {what} of container {container}")]
     Encode {
@@ -174,7 +177,11 @@ impl SandboxError {
             Self::ProcessExists(_) => ErrorKind::AlreadyExists,
             Self::WrongState { .. } => ErrorKind::WrongState,
             Self::Stopping(_) | Self::Suspect(_) | Self::VmDied { .. } => ErrorKind::Unavailable,
-            Self::NotReady { .. } => ErrorKind::DeadlineExceeded,
+            Self::NotReady { .. } | Self::Blocked(_) => ErrorKind::DeadlineExceeded,
+            Self::Vmm(VmmError::NoMemory { .. }) => ErrorKind::Exhausted,
+            Self::Network(NetworkError::NoInterface(_) | NetworkError::Interfaces { .. }) => {
+                ErrorKind::Invalid
+            }
             Self::Storage(error) if error.is_of_the_request() => ErrorKind::Invalid,
             Self::Agent(error) => agent_kind(error),
             Self::Transport(TransportError::Closing(_)) => ErrorKind::Unavailable,
@@ -237,6 +244,27 @@ mod tests {
             message: "exec: not found".into(),
         };
         assert_eq!(SandboxError::from(error).kind(), ErrorKind::Unknown);
+    }
+
+    #[test]
+    fn a_node_without_memory_and_a_network_of_another_kind_are_told_apart() {
+        let no_memory = VmmError::NoMemory {
+            needed_mib: 2,
+            available_mib: 1,
+        };
+        assert_eq!(SandboxError::from(no_memory).kind(), ErrorKind::Exhausted);
+        let netns = std::path::PathBuf::from("/netns");
+        for error in [
+            NetworkError::NoInterface(netns.clone()),
+            NetworkError::Interfaces {
+                netns,
+                found: "eth0, eth1".into(),
+            },
+        ] {
+            assert_eq!(SandboxError::from(error).kind(), ErrorKind::Invalid);
+        }
+        let trouble = SandboxError::from(NetworkError::Deadline);
+        assert_eq!(trouble.kind(), ErrorKind::Internal);
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Sandbox {
             let transport = self.address.dial(VsockPort::SESSIONS, lease, by).await?;
             Ok(open_session(transport, &self.token, target, by).await?)
         };
-        self.unless_cut(dialled).await
+        self.unless_cut(by, dialled).await
     }
 
     /// Makes the guest forget a process that the host gave up.

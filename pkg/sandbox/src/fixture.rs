@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A sandbox whose VM is none and whose agent never answers.
+//! A sandbox whose VM is none and whose agent never answers, and a node to have
+//! it on.
 
 use std::fmt;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use podhull_agent_client::AgentChannel;
 use podhull_config::Config;
 use podhull_telemetry::Metrics;
@@ -31,11 +38,34 @@ pub(crate) enum Stop {
     Calls(Box<dyn Fn() -> StopReport + Send + Sync>),
 }
 
-struct FakeVm {
+/// One that is none.
+pub(crate) struct FakeVm {
     leases: LeaseSet,
     address: GuestAddress,
     stop: Stop,
     died: watch::Sender<Option<VmDeath>>,
+}
+
+impl FakeVm {
+    pub(crate) fn new(leases: LeaseSet, address: GuestAddress, stop: Stop) -> Arc<Self> {
+        Arc::new(Self {
+            leases,
+            address,
+            stop,
+            died: watch::Sender::new(None),
+        })
+    }
+
+    /// It ends by itself, with these last words.
+    pub(crate) fn die(&self, said: &str) {
+        self.died.send_replace(Some(VmDeath {
+            child: "qemu",
+            status: "exit status: 1".into(),
+            out_of_memory: false,
+            said: said.into(),
+            console: String::new(),
+        }));
+    }
 }
 
 impl fmt::Debug for FakeVm {
@@ -70,7 +100,7 @@ impl Vm for FakeVm {
     }
 
     fn console_tail(&self) -> String {
-        String::new()
+        "its console".into()
     }
 
     // As `async_trait` writes it.
@@ -129,11 +159,8 @@ pub(crate) fn runtime(folder: &Path) -> Arc<Runtime> {
     })
 }
 
-/// The guest's session port is at `<folder>/vsock`, if somebody listens there.
-/// The stream is the agent's end of the channel.
-pub(crate) async fn sandbox(folder: &Path, stop: Stop) -> (Arc<Sandbox>, UnixStream) {
-    let (runtime, spec) = (runtime(folder), spec());
-    let leases = LeaseSet::new("vm");
+/// A channel, and the agent's end of it.
+pub(crate) async fn channel(leases: &LeaseSet) -> (AgentChannel, UnixStream) {
     let (ours, guest) = UnixStream::pair().unwrap();
     let lease = leases
         .issue(Holder::new(HolderKind::Control, "test"))
@@ -141,20 +168,92 @@ pub(crate) async fn sandbox(folder: &Path, stop: Stop) -> (Arc<Sandbox>, UnixStr
     let transport =
         VsockTransport::adopt(ours.into(), Peer::Guest(VsockPort::READY), lease).unwrap();
     let channel = AgentChannel::establish(transport, soon()).await.unwrap();
+    (channel, guest)
+}
+
+/// The guest's session port is at `<folder>/vsock`, if somebody listens there.
+/// The stream is the agent's end of the channel.
+pub(crate) async fn sandbox(folder: &Path, stop: Stop) -> (Arc<Sandbox>, UnixStream) {
+    let (runtime, spec) = (runtime(folder), spec());
+    let leases = LeaseSet::new("vm");
+    let (channel, guest) = channel(&leases).await;
     let address = GuestAddress::Hybrid {
         socket: folder.join("vsock"),
     };
-    let vm = FakeVm {
-        leases: leases.clone(),
-        address: address.clone(),
-        stop,
-        died: watch::Sender::new(None),
-    };
+    let vm = FakeVm::new(leases.clone(), address.clone(), stop);
     let run_dir = RunDir::of(folder, &spec.namespace, &spec.id);
     run_dir.create().unwrap();
     let mut parts = Parts::new(run_dir, runtime.metrics.clone());
-    parts.vm = Some(Arc::new(vm));
+    parts.vm = Some(vm);
     let booted = Booted::with(channel, parts, address, leases);
     let events = EventSink::new(|_| {});
     (Sandbox::new(runtime, spec, events, booted), guest)
+}
+
+/// Runs `test` on a thread, and those that it starts, with mounts and a network
+/// of their own.
+pub(crate) fn apart(test: impl AsyncFnOnce(&Path) + Send) {
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIP: mounts and networks need root");
+        return;
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let own = CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
+            unshare(own).unwrap();
+            let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            mount(none, "/", none, private, none).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(test(folder.path()));
+        });
+    });
+}
+
+pub(crate) fn ip(args: &str) {
+    let status = Command::new("ip").args(args.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {args}: {status}");
+}
+
+/// A name of the namespace that this thread is in, as a boot is given one.
+pub(crate) fn name_netns(name: &Path) {
+    let task = nix::unistd::gettid();
+    symlink(format!("/proc/self/task/{task}/ns/net"), name).unwrap();
+}
+
+/// A folder whose server is away, as a FUSE file system that is never answered
+/// for: whoever looks into it waits until this is dropped.
+pub(crate) struct Away {
+    at: PathBuf,
+    server: Option<File>,
+}
+
+impl Away {
+    pub(crate) fn new(at: &Path) -> Option<Self> {
+        let Ok(server) = File::options().read(true).write(true).open("/dev/fuse") else {
+            println!("SKIP: no /dev/fuse");
+            return None;
+        };
+        std::fs::create_dir_all(at).unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            server.as_raw_fd()
+        );
+        let (kind, flags) = (Some("fuse"), MsFlags::empty());
+        mount(Some("away"), at, kind, flags, Some(options.as_str())).unwrap();
+        Some(Self {
+            at: at.into(),
+            server: Some(server),
+        })
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        umount2(&self.at, MntFlags::MNT_DETACH).unwrap();
+    }
 }

@@ -7,11 +7,12 @@
 //!
 //! This crate must not know ttrpc, containerd's messages, or which VMM it runs.
 //!
-//! Reading order: [`spec`], [`sandbox`], `boot`, `container`, `exec`, `stdio`,
-//! `forward`,
-//! `watch`, [`teardown`], [`mod@cleanup`].
+//! Reading order: [`spec`], [`sandbox`], `boot`, `container`, `exec`, `calls`,
+//! `stdio`, `forward`, `watch`, [`teardown`], [`mod@cleanup`].
 
+mod blocking;
 mod boot;
+mod calls;
 pub mod cleanup;
 mod container;
 pub mod error;

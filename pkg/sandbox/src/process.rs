@@ -228,9 +228,10 @@ impl Process {
     }
 
     /// Notes the guest's word on its end, which is told later. Should the VM die
-    /// before that, it is still how the process ended.
-    pub(crate) fn set_ending(&self, exit: ExitStatus) {
-        self.ending.get_or_init(|| exit);
+    /// before that, it is still how the process ended. False if there was one
+    /// already, which stays.
+    pub(crate) fn set_ending(&self, exit: ExitStatus) -> bool {
+        self.ending.set(exit).is_ok()
     }
 
     /// Whether its end is known and waits for its output.
@@ -300,10 +301,11 @@ mod tests {
     fn an_exit_that_the_guest_told_outlives_the_guest() {
         let (process, _events) = process();
         process.started(|_| {});
-        process.set_ending(ExitStatus {
+        let first = process.set_ending(ExitStatus {
             code: 3,
             ..ExitStatus::vm_gone()
         });
+        assert!(first && !process.set_ending(ExitStatus::vm_gone()));
         assert!(process.is_ending() && process.state().exit.is_none());
         process.exited(ExitStatus::vm_gone());
         assert_eq!(process.state().exit.unwrap().code, 3);

@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use podhull_agent_client::{AgentChannel, Client};
+use podhull_agent_client::AgentChannel;
 use podhull_api::agent;
 use podhull_network::LoopbackListener;
 use podhull_transport::{CloseReport, GuestAddress, LeaseSet};
@@ -291,59 +291,6 @@ impl Sandbox {
     /// that only misses its heartbeat is still there.
     pub(crate) fn is_gone(&self) -> bool {
         self.death.get().is_some() || !matches!(*self.phase.borrow(), Phase::Running)
-    }
-
-    /// Deadline of one call to the agent.
-    pub(crate) fn call_deadline(&self) -> Deadline {
-        Deadline::after(self.runtime.config.call_timeout(self.emulated))
-    }
-
-    /// Makes one call to the agent.
-    pub(crate) async fn ask<T, F, Fut>(
-        &self,
-        method: &'static str,
-        by: Deadline,
-        call: F,
-    ) -> Result<T, SandboxError>
-    where
-        F: FnOnce(Client) -> Fut,
-        Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-    {
-        let began = Instant::now();
-        let asked = async {
-            let channel = self.channel.read().await;
-            let Some(channel) = channel.as_ref() else {
-                return Err(self.stopping());
-            };
-            Ok(channel.call(method, by, call).await?)
-        };
-        let result = self.unless_cut(asked).await;
-        let label = if result.is_ok() { "ok" } else { "error" };
-        self.runtime
-            .metrics
-            .agent_calls
-            .with_label_values(&[method, label])
-            .observe(began.elapsed().as_secs_f64());
-        result
-    }
-
-    /// What the guest answers. Neither a teardown nor the verdict that it is dead
-    /// waits for what is under way; what fails because the VM ended says why the
-    /// VM ended.
-    pub(crate) async fn unless_cut<T>(
-        &self,
-        answer: impl Future<Output = Result<T, SandboxError>>,
-    ) -> Result<T, SandboxError> {
-        let answer = self.cut_calls.run_until_cancelled(answer).await;
-        answer
-            .unwrap_or_else(|| Err(self.stopping()))
-            .map_err(|error| match self.death.get() {
-                Some(reason) => SandboxError::VmDied {
-                    id: self.spec.id.clone(),
-                    reason: reason.clone(),
-                },
-                None => error,
-            })
     }
 
     pub(crate) fn stopping(&self) -> SandboxError {

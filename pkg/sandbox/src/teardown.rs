@@ -19,6 +19,7 @@ use podhull_types::{Deadline, ExitStatus, chain};
 use podhull_vmm::Vm;
 use tokio::task::JoinSet;
 
+use crate::blocking::blocking;
 use crate::rundir::RunDir;
 use crate::sandbox::{Phase, Sandbox};
 use crate::spec::Status;
@@ -35,6 +36,9 @@ const CHANNEL: Duration = Duration::from_secs(2);
 /// Least time for what must run even if the deadline has passed: stopping the
 /// VM and releasing what the host holds.
 const RELEASE: Duration = Duration::from_secs(5);
+
+/// Time for unmounting what nobody uses.
+const UNMOUNT: Duration = Duration::from_secs(2);
 
 /// What a sandbox owns on the host, in the order in which it is released.
 #[derive(Debug)]
@@ -253,7 +257,9 @@ pub(crate) async fn tear_down(
         report.push("network", detached.map_or_else(failed, |()| Outcome::Clean));
     }
     if let Some(tree) = parts.tree {
-        let removed = tokio::task::spawn_blocking(move || tree.teardown(by)).await;
+        // What is in use is waited for until then; the rest comes on top.
+        let ends = Deadline::after(by.remaining() + UNMOUNT);
+        let removed = blocking(ends, move || tree.teardown(by)).await;
         report.push(
             "tree",
             match removed {

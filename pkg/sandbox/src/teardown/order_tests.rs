@@ -6,49 +6,18 @@ use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Mutex;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use podhull_api::agent::PingRequest;
 use podhull_types::{ContainerId, ProcessRef, VsockPort};
 use podhull_vmm::StopReport;
 
 use super::*;
-use crate::fixture::{self, Stop, soon};
+use crate::fixture::{self, Stop, apart, ip, name_netns, soon};
 use crate::rundir::Record;
 use crate::spec::Stdio;
 
 const TAP: &str = "podhull0";
-
-/// Runs `test` on a thread, and those that it starts, with mounts and a network
-/// of their own.
-fn apart(test: impl AsyncFnOnce(&Path) + Send) {
-    if !nix::unistd::geteuid().is_root() {
-        println!("SKIP: mounts and networks need root");
-        return;
-    }
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let own = CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
-            unshare(own).unwrap();
-            let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-            mount(none, "/", none, private, none).unwrap();
-            let folder = tempfile::tempdir().unwrap();
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
-            runtime.block_on(test(folder.path()));
-        });
-    });
-}
-
-fn ip(args: &str) {
-    let status = Command::new("ip").args(args.split(' ')).status().unwrap();
-    assert!(status.success(), "ip {args}: {status}");
-}
 
 fn links(named: &str) -> bool {
     nix::net::if_::if_nametoindex(named).is_ok()
@@ -58,12 +27,6 @@ fn is_mounted(path: &Path) -> bool {
     let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     let name = format!(" {} ", path.display());
     table.lines().any(|line| line.contains(&name))
-}
-
-/// A name of the namespace that this thread is in, as a boot is given one.
-fn name_netns(name: &Path) {
-    let task = nix::unistd::gettid();
-    symlink(format!("/proc/self/task/{task}/ns/net"), name).unwrap();
 }
 
 /// A sandbox with a process, a listener for READY, a network, a tree and a

@@ -137,7 +137,10 @@ fn handle(sandbox: &Arc<Sandbox>, kind: event::Kind) {
 /// whoever hears of an end may stop reading. A container's end comes behind
 /// those of its added processes.
 fn end(sandbox: &Arc<Sandbox>, process: Arc<Process>, exit: ExitStatus) {
-    process.set_ending(exit);
+    // The guest is not to be trusted to tell it once.
+    if !process.set_ending(exit) {
+        return;
+    }
     let mut before = sandbox.all_processes();
     before.retain(|other| {
         let id = &other.id;

@@ -157,3 +157,17 @@ async fn an_agent_that_tells_nothing_is_given_up() {
     assert!(death.unwrap().contains("the stream ended"));
     assert_eq!(asked, [0, 0, 0]);
 }
+
+#[tokio::test]
+async fn an_end_that_a_guest_tells_over_and_over_is_work_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sandbox, _guest) = fixture::sandbox(folder.path(), Stop::Panics).await;
+    let id = ProcessRef::init(ContainerId::new("c1").unwrap());
+    let process = sandbox.enter(&id, 7, Stdio::default(), false).unwrap();
+    process.started(|_| {});
+    for sequence in 1..=10_000 {
+        handle(&sandbox, exit(sequence, "c1").kind.unwrap());
+    }
+    assert_eq!(sandbox.tasks.len(), 1);
+    assert_eq!(process.wait().await.code, 3);
+}
