@@ -16,7 +16,7 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
@@ -33,10 +33,14 @@ use crate::args::Args;
 use crate::bundle;
 use crate::called::{self, CALLED};
 use crate::error::ShimError;
-use crate::identity::Identity;
+use crate::identity::{Identity, Running};
 
 /// Time for the serving process to accept connections.
 const SERVING: Duration = Duration::from_secs(20);
+/// Time for one that has said why it does not serve to end.
+const ENDS: Duration = Duration::from_secs(3);
+/// Time for the kernel to end one that was killed.
+const DIES: Duration = Duration::from_secs(1);
 /// What the serving process says when it does.
 pub(crate) const SERVES: &str = "serves";
 /// Where containerd listens for events.
@@ -220,27 +224,44 @@ fn spawn(serving: &Serving, listener: UnixListener) -> Result<(), ShimError> {
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(says)
         .stderr(Stdio::null());
-    let mut child = command.spawn().map_err(ShimError::file("run", *program))?;
+    let child = command.spawn().map_err(ShimError::file("run", *program))?;
     // Our end of the pipe goes, so that the child's death is its end.
     drop(command);
     let answer = read_until(said, Instant::now() + SERVING);
     match answer {
         Ok(text) if text == SERVES => Ok(()),
         Ok(text) => {
-            let status = child.wait();
+            end(child, ENDS);
             let text = if text.is_empty() {
                 "it said nothing".into()
             } else {
                 text
             };
-            tracing::debug!(?status, "the serving process ended");
             Err(ShimError::NotServing(text))
         }
         Err(error) => {
-            let killed = child.kill().and_then(|()| child.wait());
-            tracing::debug!(?killed, "the serving process was killed");
+            end(child, Duration::ZERO);
             Err(ShimError::NotServing(error.to_string()))
         }
+    }
+}
+
+/// Gives a process that does not serve `time` to end by itself, then kills it.
+/// What even then does not end is not waited for.
+fn end(mut child: Child, time: Duration) {
+    let ended = Running::child(&child).map(|running| {
+        running.ends_within(time) || {
+            running.kill();
+            running.ends_within(DIES)
+        }
+    });
+    match ended {
+        Ok(true) => {
+            let status = child.wait();
+            tracing::debug!(?status, "the serving process ended");
+        }
+        Ok(false) => tracing::error!(pid = child.id(), "killed, and does not end"),
+        Err(error) => tracing::error!(pid = child.id(), %error, "not watched"),
     }
 }
 
@@ -372,6 +393,39 @@ mod tests {
         let (found, unusable) = settings(garbled()).unwrap();
         assert_eq!(found.run_dir, Path::new("/run/first"));
         assert_eq!(unusable.unwrap().to_string(), "garbled");
+    }
+
+    #[test]
+    fn a_process_that_tells_why_and_stays_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, noted) = (folder.path().join("shim"), folder.path().join("pid"));
+        let script = format!(
+            "#!/bin/sh\necho $$ >{}\nprintf 'no reason'\nexec sleep 1000 >/dev/null\n",
+            noted.display()
+        );
+        fs::write(&program, script).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(&program, mode).unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let serving = Serving {
+                args: &args(),
+                ttrpc_address: "",
+                program: &program,
+                called: "",
+            };
+            ended.send(spawn(&serving, listener)).unwrap();
+        });
+        let spawned = end.recv_timeout(ENDS + Duration::from_secs(5));
+        let pid = fs::read_to_string(&noted).unwrap();
+        let process = Path::new("/proc").join(pid.trim());
+        let error = spawned.expect("it is waited for").unwrap_err();
+        assert!(
+            matches!(&error, ShimError::NotServing(text) if text == "no reason"),
+            "{error}"
+        );
+        assert!(!process.exists(), "it runs, or is a zombie");
     }
 
     #[test]

@@ -13,20 +13,23 @@ use podhull_types::SandboxId;
 use crate::publisher::Publisher;
 use crate::shim::Shim;
 
-/// The shim of the sandbox `s1`, with its files in `run_dir`.
-pub(crate) fn shim(run_dir: &Path) -> Arc<Shim> {
-    let runtime = Runtime {
+pub(crate) fn runtime(run_dir: &Path) -> Arc<Runtime> {
+    Arc::new(Runtime {
         config: Config {
             run_dir: run_dir.into(),
             ..Config::default()
         },
         helper: "/nonexistent".into(),
         metrics: Metrics::new().unwrap(),
-    };
+    })
+}
+
+/// The shim of the sandbox `s1`, with its files in `run_dir`.
+pub(crate) fn shim(run_dir: &Path) -> Arc<Shim> {
     Shim::new(
         "k8s.io".into(),
         SandboxId::new("s1").unwrap(),
-        Arc::new(runtime),
+        runtime(run_dir),
         Arc::new(Publisher::start("k8s.io", "")),
         Instant::now(),
     )

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use podhull_types::Deadline;
@@ -70,8 +71,22 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// A child of ours, which nobody has waited for yet.
+    pub(crate) fn child(child: &std::process::Child) -> io::Result<Self> {
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+        let pidfd = Arc::new(pidfd_open(raw, PidfdFlags::NONBLOCK)?);
+        Ok(Self { pid, pidfd })
+    }
+
     fn has_ended(&self) -> bool {
-        ends_within(&self.pidfd, PollTimeout::ZERO)
+        self.ends_within(Duration::ZERO)
+    }
+
+    /// Waits on this thread for its end; whether it came.
+    pub(crate) fn ends_within(&self, time: Duration) -> bool {
+        let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+        ends_within(&self.pidfd, timeout)
     }
 
     /// Waits for its end; whether it came. The calling thread goes on with what
@@ -86,7 +101,7 @@ impl Running {
     /// Kills it.
     pub(crate) fn kill(&self) {
         if let Err(errno) = pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            tracing::warn!(pid = self.pid, %errno, "the shim cannot be killed");
+            tracing::warn!(pid = self.pid, %errno, "a shim cannot be killed");
         }
     }
 }
@@ -110,7 +125,6 @@ fn start_time_in(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command};
-    use std::time::Duration;
 
     use super::*;
 

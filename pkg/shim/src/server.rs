@@ -18,7 +18,7 @@ use podhull_config::Config;
 use podhull_sandbox::{RunDir, Runtime};
 use podhull_telemetry::{Metrics, log};
 use podhull_types::{Deadline, SandboxId, chain};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::task::TaskTracker;
 use ttrpc::r#async::{Server, Service};
 
@@ -43,6 +43,8 @@ const LAST_EVENTS: Duration = Duration::from_secs(3);
 const LAST_STREAMS: Duration = Duration::from_secs(2);
 /// Time for containerd to hang up after its last answer.
 const HANG_UP: Duration = Duration::from_secs(2);
+/// Time for what may block in the kernel, once all else has ended.
+const BLOCKED: Duration = Duration::from_secs(1);
 /// The names of the Task service: the methods are the same.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -56,13 +58,25 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 pub fn serve(args: &Args) -> Result<(), ShimError> {
     let mut says = standard_output().map_err(ShimError::system("take standard output"))?;
     match prepare(args) {
-        Ok((runtime, prepared)) => runtime.block_on(run(prepared, says)),
-        Err(error) => {
-            says.write_all(chain(&error).as_bytes())
-                .map_err(ShimError::system("tell start"))?;
-            Err(error)
-        }
+        Ok((runtime, prepared)) => to_its_end(runtime, run(prepared, says)),
+        Err(error) => Err(told(&mut says, error)),
     }
+}
+
+/// Tells `start` what kept the process from serving.
+fn told(says: &mut impl Write, error: ShimError) -> ShimError {
+    if let Err(unheard) = says.write_all(chain(&error).as_bytes()) {
+        tracing::warn!(error = chain(&error), %unheard, "nobody waits for the shim");
+    }
+    error
+}
+
+/// Does `work`. The process is not held up by what blocks in the kernel behind it,
+/// as a mount does whose server is away: nobody else knows of it any more.
+fn to_its_end<T>(runtime: tokio::runtime::Runtime, work: impl Future<Output = T>) -> T {
+    let done = runtime.block_on(work);
+    runtime.shutdown_timeout(BLOCKED);
+    done
 }
 
 /// The pipe to `start`; standard output itself is /dev/null from here on.
@@ -141,7 +155,31 @@ fn listener() -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// What serves once it is made.
+struct Serving {
+    shim: Arc<Shim>,
+    publisher: Arc<Publisher>,
+    server: Server,
+    /// containerd's connections.
+    open: TaskTracker,
+    terminated: Signal,
+    readers: tokio::net::UnixListener,
+    numbers: Metrics,
+    run_dir: RunDir,
+    stop_timeout: Duration,
+}
+
 async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimError> {
+    match set_up(prepared).await {
+        Ok(serving) => {
+            serving.until_the_end(says).await;
+            Ok(())
+        }
+        Err(error) => Err(told(&mut says, error)),
+    }
+}
+
+async fn set_up(prepared: Prepared) -> Result<Serving, ShimError> {
     let Prepared {
         namespace,
         id,
@@ -159,41 +197,67 @@ async fn run(prepared: Prepared, mut says: std::fs::File) -> Result<(), ShimErro
     let shim = Shim::new(namespace, id, runtime, Arc::clone(&publisher), started);
     let open = TaskTracker::new();
     let mut server = server(&shim, listener, open.clone())?;
-    let mut terminated =
+    let terminated =
         signal(SignalKind::terminate()).map_err(ShimError::system("watch for SIGTERM"))?;
     server.start().await.map_err(|error| ShimError::System {
         step: "serve",
         source: io::Error::other(error),
     })?;
-    // `start` answers containerd once it reads the end of this. If containerd
-    // has given the start up, nobody will come.
-    if let Err(error) = says.write_all(SERVES.as_bytes()) {
-        tracing::warn!(%error, "nobody waits for the shim any more");
-        shim.end();
-    }
-    drop(says);
-    tracing::info!(sandbox = %shim.id, "serving");
+    Ok(Serving {
+        shim,
+        publisher,
+        server,
+        open,
+        terminated,
+        readers,
+        numbers,
+        run_dir,
+        stop_timeout,
+    })
+}
 
-    tokio::select! {
-        () = shim.ending.cancelled() => tracing::info!("containerd ends the shim"),
-        _ = terminated.recv() => tracing::info!("terminated"),
-        () = unused(&shim) => tracing::warn!("nobody asked for a pod"),
-        never = metrics::serve(&readers, &numbers) => match never {},
+impl Serving {
+    async fn until_the_end(self, mut says: std::fs::File) {
+        let Self {
+            shim,
+            publisher,
+            mut server,
+            open,
+            mut terminated,
+            readers,
+            numbers,
+            run_dir,
+            stop_timeout,
+        } = self;
+        // `start` answers containerd once it reads the end of this. If containerd
+        // has given the start up, nobody will come.
+        if let Err(error) = says.write_all(SERVES.as_bytes()) {
+            tracing::warn!(%error, "nobody waits for the shim any more");
+            shim.end();
+        }
+        drop(says);
+        tracing::info!(sandbox = %shim.id, "serving");
+
+        tokio::select! {
+            () = shim.ending.cancelled() => tracing::info!("containerd ends the shim"),
+            _ = terminated.recv() => tracing::info!("terminated"),
+            () = unused(&shim) => tracing::warn!("nobody asked for a pod"),
+            never = metrics::serve(&readers, &numbers) => match never {},
+        }
+        shim.release(Deadline::after(stop_timeout)).await;
+        shim.streams.end(Deadline::after(LAST_STREAMS)).await;
+        publisher.finish(Deadline::after(LAST_EVENTS)).await;
+        server.stop_listen().await;
+        open.close();
+        let left = Deadline::after(HANG_UP).run(open.wait()).await;
+        tracing::debug!(all_left = left.is_ok(), "connections");
+        if let Err(error) = server.shutdown().await {
+            tracing::warn!(%error, "server not shut down");
+        }
+        if let Err(error) = run_dir.remove() {
+            tracing::error!(%error, "run folder not removed");
+        }
     }
-    shim.release(Deadline::after(stop_timeout)).await;
-    shim.streams.end(Deadline::after(LAST_STREAMS)).await;
-    publisher.finish(Deadline::after(LAST_EVENTS)).await;
-    server.stop_listen().await;
-    open.close();
-    let left = Deadline::after(HANG_UP).run(open.wait()).await;
-    tracing::debug!(all_left = left.is_ok(), "connections");
-    if let Err(error) = server.shutdown().await {
-        tracing::warn!(%error, "server not shut down");
-    }
-    if let Err(error) = run_dir.remove() {
-        tracing::error!(%error, "run folder not removed");
-    }
-    Ok(())
 }
 
 fn server(
@@ -245,6 +309,48 @@ mod tests {
 
     use super::*;
     use crate::fixture;
+
+    #[test]
+    fn a_shim_whose_mount_blocks_ends_all_the_same() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let (let_go, held) = std::sync::mpsc::channel::<()>();
+        let (ended, end) = std::sync::mpsc::channel();
+        let blocks = move || held.recv().is_err();
+        std::thread::spawn(move || {
+            let work = async { drop(tokio::task::spawn_blocking(blocks)) };
+            to_its_end(runtime, work);
+            ended.send(()).unwrap();
+        });
+        let in_time = end.recv_timeout(Duration::from_secs(2));
+        drop(let_go);
+        assert!(in_time.is_ok(), "it waits for the mount");
+    }
+
+    #[tokio::test]
+    async fn what_keeps_a_shim_from_serving_is_told_to_its_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let id = SandboxId::new("s1").unwrap();
+        let run_dir = RunDir::of(folder.path(), "k8s.io", &id);
+        let taken = run_dir.metrics();
+        std::fs::create_dir_all(&taken).unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let prepared = Prepared {
+            namespace: "k8s.io".into(),
+            id,
+            listener,
+            run_dir,
+            runtime: fixture::runtime(folder.path()),
+            started: Instant::now(),
+        };
+        let (mut said, says) = io::pipe().unwrap();
+        let says = std::fs::File::from(std::os::fd::OwnedFd::from(says));
+        let error = run(prepared, says).await.unwrap_err();
+        let mut text = String::new();
+        io::Read::read_to_string(&mut said, &mut text).unwrap();
+        assert!(text.contains(taken.to_str().unwrap()), "{text}");
+        assert_eq!(text, chain(&error));
+    }
 
     /// A generated trait answers NotFound for each method that is left out, with
     /// these words.
