@@ -3,8 +3,8 @@
 //! annotations (containerd's `internal/cri/annotations`).
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufReader};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,7 +13,9 @@ use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec};
 use podhull_types::SandboxId;
 
 use crate::error::ShimError;
+use crate::wire;
 
+const CONFIG: &str = "config.json";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
@@ -23,13 +25,12 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// Reads `bundle`'s config.json; `None` if there is none, as for a sandbox that
 /// the shim itself makes.
 pub(crate) fn read(bundle: &Path) -> Result<Option<Spec>, ShimError> {
-    let path = bundle.join("config.json");
-    let file = match File::open(&path) {
+    let path = bundle.join(CONFIG);
+    let text = match fs::read(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(ShimError::file("open", &path))?,
+        text => text.map_err(ShimError::file("read", &path))?,
     };
-    let mut reader = serde_json::Deserializer::from_reader(BufReader::new(file));
-    let spec = serde_path_to_error::deserialize(&mut reader);
+    let spec = wire::parse(&text, wire::passed_over(CONFIG));
     spec.map(Some).map_err(|error| ShimError::Garbled {
         path,
         key: error.path().to_string(),

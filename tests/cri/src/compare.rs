@@ -57,8 +57,10 @@ pub(crate) fn see(what: &str, value: &str) {
 /// How a case compares with what it saw with runc.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// In everything.
+    /// In everything that it saw.
     Same,
+    /// It says nothing of what it sees: what it expects holds with both.
+    Asserted,
     /// But for what [`DIFFERENCES`] names.
     Differs,
 }
@@ -90,6 +92,7 @@ pub(crate) fn compare(case: &str, runc: &Seen, podhull: &Seen) -> Result<Verdict
     lines.extend(same.map(|name| format!("{name}: said to differ, and does not")));
     lines.sort();
     match lines[..] {
+        [] if runc.is_empty() && podhull.is_empty() => Ok(Verdict::Asserted),
         [] if differing.is_empty() => Ok(Verdict::Same),
         [] => Ok(Verdict::Differs),
         _ => bail!("not as with runc: {}", lines.join("; ")),
@@ -192,6 +195,8 @@ mod tests {
             seen(&[("code", "2")]),
         );
         assert_eq!(compare("x", &one, &one).unwrap(), Verdict::Same);
+        let nothing = Seen::new();
+        assert_eq!(compare("x", &nothing, &nothing).unwrap(), Verdict::Asserted);
         let error = compare("x", &one, &other).unwrap_err().to_string();
         assert!(
             error.contains("code: only with runc [\"1\"], only with podhull [\"2\"]"),

@@ -91,7 +91,7 @@ fn outside(options: &Options) -> Result<ExitCode> {
         let file = result.to_string_lossy();
         let code = namespaces::enter(&[(RELEASE, release.name()), (RESULT, &file)])?;
         match Tally::take(&result) {
-            Ok(tally) => total += tally,
+            Ok(tally) => total.add(tally),
             // It has said why.
             Err(_) => {
                 let what = format!("the run on containerd {}", release.name());
@@ -109,7 +109,7 @@ fn outside(options: &Options) -> Result<ExitCode> {
         "\nall releases: {:.0} s",
         begin.elapsed().as_secs_f64()
     )?;
-    writeln!(out, "{}", total.beside_runc())?;
+    write!(out, "{}", total.table())?;
     writeln!(out, "{total}")?;
     write!(out, "{}", total.failures())?;
     Ok(match gave_up {

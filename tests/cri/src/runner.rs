@@ -65,7 +65,7 @@ pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
         };
         for (setup, cases) in [(runc, unknown), (setup, cases)] {
             if !cases.is_empty() {
-                tally += run_setup(&mut context, setup, &cases, records.as_ref()).await?;
+                tally.add(run_setup(&mut context, setup, &cases, records.as_ref()).await?);
             }
         }
     }
@@ -89,7 +89,7 @@ async fn run_setup(
     searched
         .on(&*context.containerd().await)
         .with_context(|| format!("the first pod on {setup}"))?;
-    let mut tally = Tally::default();
+    let mut tally = Tally::of(&setup.to_string());
     for case in cases {
         let started = Instant::now();
         let (result, clean, seen) = one(context, case, &before, &mut searched).await;
@@ -112,6 +112,7 @@ async fn run_setup(
         };
         report(case, setup, took, result, &mut tally)?;
     }
+    tally.took(begin.elapsed());
     let mut out = io::stdout().lock();
     writeln!(
         out,
@@ -150,16 +151,11 @@ fn report(
     let mut out = io::stdout().lock();
     match result {
         Ok(verdict) => {
-            tally.passed += 1;
-            match verdict {
-                Some(Verdict::Same) => tally.same += 1,
-                Some(Verdict::Differs) => tally.differing += 1,
-                None => {}
-            }
+            tally.pass(verdict);
             writeln!(out, "test {} {setup} ... ok ({took:.2}s)", case.name)?;
         }
         Err(error) if error.is::<Skip>() => {
-            tally.skipped += 1;
+            tally.skip();
             writeln!(out, "SKIP {} {setup}: {error}", case.name)?;
         }
         Err(error) => {
