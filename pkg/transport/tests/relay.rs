@@ -194,12 +194,10 @@ async fn l8_a_reset_by_either_side_resets_the_other() {
 fn queues(local: SocketAddr, remote: SocketAddr) -> Option<(usize, usize)> {
     let ports = [local, remote].map(|end| format!(":{:04X}", end.port()));
     let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
-    let rows = table
+    let mut rows = table
         .lines()
         .map(|row| row.split_whitespace().collect::<Vec<_>>());
-    let row = rows
-        .filter(|row| row[1].ends_with(&ports[0]) && row[2].ends_with(&ports[1]))
-        .last()?;
+    let row = rows.rfind(|row| row[1].ends_with(&ports[0]) && row[2].ends_with(&ports[1]))?;
     let queue = |text| usize::from_str_radix(text, 16).unwrap();
     let (sent, received) = row[4].split_once(':').unwrap();
     Some((queue(sent), queue(received)))
@@ -224,18 +222,22 @@ async fn say_more_than_goes_on(hasty: &mut TcpStream) -> Vec<u8> {
     const PIECE: usize = 32 * 1024;
     let ends = (hasty.local_addr().unwrap(), hasty.peer_addr().unwrap());
     let words = pattern(4 << 20);
-    for (number, piece) in words.chunks(PIECE).enumerate() {
+    let mut said = 0;
+    loop {
+        let piece = words
+            .get(said..said + PIECE)
+            .expect("an end to what goes on");
         hasty.write_all(piece).await.unwrap();
+        said += PIECE;
         until(|| queues(ends.0, ends.1).unwrap().0 == 0).await;
         let unread = || queues(ends.1, ends.0).unwrap().1 > 0;
         if unread() {
             tokio::time::sleep(SETTLED).await;
         }
         if unread() {
-            return words[..(number + 1) * PIECE].to_vec();
+            return words[..said].to_vec();
         }
     }
-    panic!("there is no end to what goes on");
 }
 
 /// One side says all it has and hangs up, while the other still sends: the first
