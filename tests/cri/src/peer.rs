@@ -24,7 +24,7 @@ use crate::stream;
 /// How much the server's `source`, `half` and `cut` send.
 pub(crate) const SIZE: usize = 1 << 20;
 /// How much its `early` sends.
-pub(crate) const ANSWER: usize = 1 << 16;
+pub(crate) const ANSWER: usize = 1 << 14;
 /// Nothing that is waited for takes longer.
 const WITHIN: Duration = Duration::from_secs(30);
 

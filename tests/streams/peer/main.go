@@ -34,8 +34,8 @@ import (
 // Size is what source, half and cut send: 32-bit numbers from 0 on, big endian.
 const Size = 1 << 20
 
-// Answer is what early sends of them: what a socket takes at once.
-const Answer = 1 << 16
+// Answer is what early sends of them: what the other socket takes at once, for hanging up takes the rest back.
+const Answer = 1 << 14
 
 func main() {
 	for _, argument := range os.Args[1:] {
