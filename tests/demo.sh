@@ -38,7 +38,8 @@ host() {
 ended() {
   local signal=$1 to=$2 expected=$3 line node janitor code=0
   shift 3
-  exec 3< <(exec setsid "$@" 2>&1)
+  # What runs in the background ignores SIGINT, and its children do.
+  exec 3< <(exec env --default-signal=INT setsid "$@" 2>&1)
   running=$!
   while read -r -t 60 line <&3; do [[ $line != *"A pod"* ]] || break; done
   [[ $line == *"A pod"* ]] || die "the demo did not come as far as its pod: $line"
