@@ -33,14 +33,12 @@ use crate::args::Args;
 use crate::bundle;
 use crate::called::{self, CALLED};
 use crate::error::ShimError;
-use crate::identity::{Identity, Running};
+use crate::identity::{DIES, Identity, Running};
 
 /// Time for the serving process to accept connections.
 const SERVING: Duration = Duration::from_secs(20);
 /// Time for one that has said why it does not serve to end.
 const ENDS: Duration = Duration::from_secs(3);
-/// Time for the kernel to end one that was killed.
-const DIES: Duration = Duration::from_secs(1);
 /// What the serving process says when it does.
 pub(crate) const SERVES: &str = "serves";
 /// Where containerd listens for events.

@@ -23,7 +23,7 @@ use crate::address;
 use crate::args::Args;
 use crate::bundle;
 use crate::error::ShimError;
-use crate::identity::{Identity, Running};
+use crate::identity::{DIES, Identity, Running};
 use crate::wire::timestamp;
 
 /// As if killed: nobody knows better any more.
@@ -32,8 +32,6 @@ const EXIT_STATUS: u32 = 137;
 const WITHIN: Duration = Duration::from_secs(4);
 /// Time for a living shim to release what it has.
 const ENDS: Duration = Duration::from_millis(1500);
-/// Time for the kernel to end a shim that was killed.
-const DIES: Duration = Duration::from_secs(1);
 
 /// Releases what is left of `args.id`; gives what containerd reads on standard
 /// output.

@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ShimError;
 
+/// Time for the kernel to end a shim that was killed.
+pub(crate) const DIES: Duration = Duration::from_secs(1);
+
 /// A process. PIDs are used again; the moment of its start tells it from others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
@@ -49,16 +52,12 @@ impl Identity {
     }
 
     fn running(self) -> Option<Running> {
-        let pidfd = pidfd_open(Pid::from_raw(self.pid)?, PidfdFlags::NONBLOCK).ok()?;
+        let running = Running::open(self.pid).ok()?;
         // Looked at after the open: what has this PID and this start now had it
         // then, too.
         if start_time(self.pid).ok()? != self.start_time {
             return None;
         }
-        let running = Running {
-            pid: self.pid,
-            pidfd: Arc::new(pidfd),
-        };
         (!running.has_ended()).then_some(running)
     }
 }
@@ -73,7 +72,10 @@ pub(crate) struct Running {
 impl Running {
     /// A child of ours, which nobody has waited for yet.
     pub(crate) fn child(child: &std::process::Child) -> io::Result<Self> {
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        Self::open(i32::try_from(child.id()).map_err(io::Error::other)?)
+    }
+
+    fn open(pid: i32) -> io::Result<Self> {
         let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         let pidfd = Arc::new(pidfd_open(raw, PidfdFlags::NONBLOCK)?);
         Ok(Self { pid, pidfd })
@@ -85,16 +87,14 @@ impl Running {
 
     /// Waits on this thread for its end; whether it came.
     pub(crate) fn ends_within(&self, time: Duration) -> bool {
-        let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
-        ends_within(&self.pidfd, timeout)
+        ends_within(&self.pidfd, time)
     }
 
     /// Waits for its end; whether it came. The calling thread goes on with what
     /// else it has to do: a connection to the shim that is to be closed.
     pub(crate) async fn ends_by(&self, by: Deadline) -> bool {
-        let timeout = PollTimeout::try_from(by.remaining()).unwrap_or(PollTimeout::MAX);
-        let pidfd = Arc::clone(&self.pidfd);
-        let waits = tokio::task::spawn_blocking(move || ends_within(&pidfd, timeout));
+        let (pidfd, time) = (Arc::clone(&self.pidfd), by.remaining());
+        let waits = tokio::task::spawn_blocking(move || ends_within(&pidfd, time));
         waits.await.unwrap_or_else(|_| self.has_ended())
     }
 
@@ -106,7 +106,8 @@ impl Running {
     }
 }
 
-fn ends_within(pidfd: &OwnedFd, timeout: PollTimeout) -> bool {
+fn ends_within(pidfd: &OwnedFd, time: Duration) -> bool {
+    let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
     let mut watched = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     poll(&mut watched, timeout).is_ok_and(|ready| ready > 0)
 }
