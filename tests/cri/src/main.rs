@@ -37,7 +37,7 @@ use anyhow::{Context as _, Result};
 use podhull_testkit::{Release, namespaces};
 
 use options::Options;
-use tally::Tally;
+use tally::{Figures, Tally};
 
 /// Which release a node is for, and where it writes its figures.
 const RELEASE: &str = "PODHULL_CRI_RELEASE";
@@ -95,7 +95,9 @@ fn outside(options: &Options) -> Result<ExitCode> {
             // It has said why.
             Err(_) => {
                 let what = format!("the run on containerd {}", release.name());
-                total.fail(&what, "it did not come to its end");
+                let mut lost = Figures::of(&what);
+                lost.fail(&what, "it did not come to its end");
+                total.push(lost);
                 if code != ExitCode::SUCCESS && code != ExitCode::FAILURE {
                     gave_up = Some(code);
                     break;

@@ -17,7 +17,7 @@ use crate::cases;
 use crate::compare::{self, Records, Seen, Verdict};
 use crate::context::{Context, heavy};
 use crate::options::Options;
-use crate::tally::Tally;
+use crate::tally::{Figures, Tally};
 use crate::unclosed::{self, Searched};
 
 /// No case takes longer.
@@ -65,7 +65,7 @@ pub(crate) async fn run(options: &Options, release: Release) -> Result<Tally> {
         };
         for (setup, cases) in [(runc, unknown), (setup, cases)] {
             if !cases.is_empty() {
-                tally.add(run_setup(&mut context, setup, &cases, records.as_ref()).await?);
+                tally.push(run_setup(&mut context, setup, &cases, records.as_ref()).await?);
             }
         }
     }
@@ -77,7 +77,7 @@ async fn run_setup(
     setup: Setup,
     cases: &[Case],
     records: Option<&Records>,
-) -> Result<Tally> {
+) -> Result<Figures> {
     let begin = Instant::now();
     context.begin(setup);
     let mut searched = Searched::all(&*context.containerd().await)?;
@@ -89,7 +89,7 @@ async fn run_setup(
     searched
         .on(&*context.containerd().await)
         .with_context(|| format!("the first pod on {setup}"))?;
-    let mut tally = Tally::of(&setup.to_string());
+    let mut figures = Figures::of(&setup.to_string());
     for case in cases {
         let started = Instant::now();
         let (result, clean, seen) = one(context, case, &before, &mut searched).await;
@@ -110,16 +110,16 @@ async fn run_setup(
             (Ok(()), Some(records)) => beside_runc(case, setup, &seen, records),
             (result, _) => result.map(|()| None),
         };
-        report(case, setup, took, result, &mut tally)?;
+        report(case, setup, took, result, &mut figures)?;
     }
-    tally.took(begin.elapsed());
+    figures.took(begin.elapsed());
     let mut out = io::stdout().lock();
     writeln!(
         out,
-        "{setup}: {tally} in {:.0} s",
+        "{setup}: {figures} in {:.0} s",
         begin.elapsed().as_secs_f64()
     )?;
-    Ok(tally)
+    Ok(figures)
 }
 
 /// How what a passed case saw compares with what it saw with runc, if it runs with
@@ -146,21 +146,21 @@ fn report(
     setup: Setup,
     took: f64,
     result: Result<Option<Verdict>>,
-    tally: &mut Tally,
+    figures: &mut Figures,
 ) -> Result<()> {
     let mut out = io::stdout().lock();
     match result {
         Ok(verdict) => {
-            tally.pass(verdict);
+            figures.pass(verdict);
             writeln!(out, "test {} {setup} ... ok ({took:.2}s)", case.name)?;
         }
         Err(error) if error.is::<Skip>() => {
-            tally.skip();
+            figures.skip();
             writeln!(out, "SKIP {} {setup}: {error}", case.name)?;
         }
         Err(error) => {
             let text = format!("{error:#}");
-            tally.fail(&format!("{} {setup}", case.name), &text);
+            figures.fail(&format!("{} {setup}", case.name), &text);
             writeln!(
                 out,
                 "test {} {setup} ... FAILED ({took:.2}s)\n{}",

@@ -14,47 +14,76 @@ use crate::compare::Verdict;
 /// How much of an error is told again at the end.
 const FIRST_LINE: usize = 200;
 
-/// The figures of one setup.
+/// The figures of one setup, and what failed in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Figures {
     setup: String,
     passed: u32,
     skipped: u32,
-    failed: u32,
     /// Of those that passed with podhull: all that they saw is as with runc.
     same: u32,
     /// They say nothing of what they see; what they expect holds with both.
     asserted: u32,
     /// But for differences with a reason.
     differing: u32,
+    /// One line each.
+    failed: Vec<String>,
     seconds: u64,
 }
 
-/// The figures of a run, and what failed in it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Tally {
-    setups: Vec<Figures>,
-    /// One line each.
-    failed: Vec<String>,
-}
-
 impl Figures {
-    fn new(setup: &str) -> Self {
+    /// Those of a setup that begins.
+    pub(crate) fn of(setup: &str) -> Self {
         Self {
             setup: setup.to_owned(),
             ..Self::default()
         }
     }
 
+    /// Notes a case that passed, and how it compares with runc.
+    pub(crate) fn pass(&mut self, verdict: Option<Verdict>) {
+        self.passed += 1;
+        match verdict {
+            Some(Verdict::Same) => self.same += 1,
+            Some(Verdict::Asserted) => self.asserted += 1,
+            Some(Verdict::Differs) => self.differing += 1,
+            None => {}
+        }
+    }
+
+    /// Notes a case that said why it does not run.
+    pub(crate) fn skip(&mut self) {
+        self.skipped += 1;
+    }
+
+    /// Notes what failed, with the first line of its error.
+    pub(crate) fn fail(&mut self, what: &str, error: &str) {
+        let line = error.lines().next().unwrap_or_default();
+        let line: String = line.chars().take(FIRST_LINE).collect();
+        self.failed.push(format!("{what}: {line}"));
+    }
+
+    /// Notes how long it took.
+    pub(crate) fn took(&mut self, time: Duration) {
+        self.seconds = time.as_secs();
+    }
+
+    /// How many passed, failed and were skipped.
+    fn counts(&self) -> [u32; 3] {
+        let failed = u32::try_from(self.failed.len()).unwrap_or(u32::MAX);
+        [self.passed, failed, self.skipped]
+    }
+
     fn cells(&self) -> [String; 9] {
+        let [passed, failed, skipped] = self.counts();
         let counts = [
-            self.passed + self.failed,
+            passed + failed,
             self.same,
             self.asserted,
             self.differing,
-            self.passed - self.same - self.asserted - self.differing,
-            self.failed,
-            self.skipped,
+            passed - self.same - self.asserted - self.differing,
+            failed,
+            skipped,
         ];
         let [cases, same, asserted, differing, alone, failed, skipped] =
             counts.map(|count| count.to_string());
@@ -62,6 +91,13 @@ impl Figures {
         [
             setup, cases, same, asserted, differing, alone, failed, skipped, time,
         ]
+    }
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [passed, failed, skipped] = self.counts();
+        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
     }
 }
 
@@ -78,74 +114,36 @@ const HEADS: [&str; 9] = [
     "time",
 ];
 
+/// The figures of a run, a setup after the other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tally(Vec<Figures>);
+
 impl Tally {
-    /// The figures of a setup that begins.
-    pub(crate) fn of(setup: &str) -> Self {
-        Self {
-            setups: vec![Figures::new(setup)],
-            failed: Vec::new(),
-        }
-    }
-
-    fn figures(&mut self) -> &mut Figures {
-        if self.setups.is_empty() {
-            self.setups.push(Figures::default());
-        }
-        let last = self.setups.len() - 1;
-        &mut self.setups[last]
-    }
-
-    /// Notes a case that passed, and how it compares with runc.
-    pub(crate) fn pass(&mut self, verdict: Option<Verdict>) {
-        let figures = self.figures();
-        figures.passed += 1;
-        match verdict {
-            Some(Verdict::Same) => figures.same += 1,
-            Some(Verdict::Asserted) => figures.asserted += 1,
-            Some(Verdict::Differs) => figures.differing += 1,
-            None => {}
-        }
-    }
-
-    /// Notes a case that said why it does not run.
-    pub(crate) fn skip(&mut self) {
-        self.figures().skipped += 1;
-    }
-
-    /// Notes what failed, with the first line of its error.
-    pub(crate) fn fail(&mut self, what: &str, error: &str) {
-        let line = error.lines().next().unwrap_or_default();
-        let line: String = line.chars().take(FIRST_LINE).collect();
-        self.failed.push(format!("{what}: {line}"));
-        self.figures().failed += 1;
-    }
-
-    /// Notes how long the setup took.
-    pub(crate) fn took(&mut self, time: Duration) {
-        self.figures().seconds = time.as_secs();
+    /// Adds those of a setup.
+    pub(crate) fn push(&mut self, figures: Figures) {
+        self.0.push(figures);
     }
 
     /// Adds what another node counted.
     pub(crate) fn add(&mut self, other: Self) {
-        self.setups.extend(other.setups);
-        self.failed.extend(other.failed);
+        self.0.extend(other.0);
     }
 
     /// True if nothing failed.
     pub(crate) fn is_green(&self) -> bool {
-        self.failed.is_empty()
+        self.0.iter().all(|figures| figures.failed.is_empty())
     }
 
     /// A line for each failure, for the end of a log.
     pub(crate) fn failures(&self) -> String {
-        let lines = self.failed.iter().map(|line| format!("failed: {line}\n"));
-        lines.collect()
+        let lines = self.0.iter().flat_map(|figures| &figures.failed);
+        lines.map(|line| format!("failed: {line}\n")).collect()
     }
 
     /// A row for each setup.
     pub(crate) fn table(&self) -> String {
         let mut rows = vec![HEADS.map(str::to_owned)];
-        rows.extend(self.setups.iter().map(Figures::cells));
+        rows.extend(self.0.iter().map(Figures::cells));
         let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
         let widths: Vec<_> = (0..HEADS.len()).filter_map(width).collect();
         let mut text = String::new();
@@ -179,14 +177,13 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sum = |of: fn(&Figures) -> u32| self.setups.iter().map(of).sum::<u32>();
-        write!(
-            f,
-            "{} passed, {} failed, {} skipped",
-            sum(|figures| figures.passed),
-            self.failed.len(),
-            sum(|figures| figures.skipped)
-        )
+        let mut all = Figures::default();
+        for figures in &self.0 {
+            all.passed += figures.passed;
+            all.skipped += figures.skipped;
+            all.failed.extend_from_slice(&figures.failed);
+        }
+        all.fmt(f)
     }
 }
 
@@ -196,17 +193,20 @@ mod tests {
 
     #[test]
     fn a_setup_has_a_row_that_adds_up() {
-        let mut tally = Tally::of("podhull on 2.4");
+        let mut podhull = Figures::of("podhull on 2.4");
         for verdict in [Some(Verdict::Same), Some(Verdict::Asserted), None] {
-            tally.pass(verdict);
+            podhull.pass(verdict);
         }
-        tally.pass(Some(Verdict::Differs));
-        tally.skip();
-        tally.fail("pod_x", "broken\nand more");
-        tally.took(Duration::from_millis(2900));
-        let mut all = Tally::of("runc on 2.4");
-        all.pass(None);
-        all.add(tally);
+        podhull.pass(Some(Verdict::Differs));
+        podhull.skip();
+        podhull.fail("pod_x", "broken\nand more");
+        podhull.took(Duration::from_millis(2900));
+        let mut runc = Figures::of("runc on 2.4");
+        runc.pass(None);
+        let (mut all, mut other) = (Tally::default(), Tally::default());
+        all.push(runc);
+        other.push(podhull);
+        all.add(other);
         let table = all.table();
         let rows: Vec<Vec<_>> = table
             .lines()
@@ -235,8 +235,11 @@ mod tests {
     fn what_is_kept_is_taken_once() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("figures");
-        let mut tally = Tally::of("runc on 1.6");
-        tally.skip();
+        let mut figures = Figures::of("runc on 1.6");
+        figures.skip();
+        figures.fail("pod_x", "broken");
+        let mut tally = Tally::default();
+        tally.push(figures);
         tally.keep(&file).unwrap();
         assert_eq!(Tally::take(&file).unwrap(), tally);
         assert!(Tally::take(&file).is_err());
