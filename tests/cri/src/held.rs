@@ -87,7 +87,7 @@ fn any_more<N: PartialOrd + Default>(
 }
 
 /// The descriptors of each of a pod's processes, by what they lead to.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct OfEach(BTreeMap<&'static str, BTreeMap<String, usize>>);
 
 impl OfEach {
@@ -108,13 +108,12 @@ impl OfEach {
         Ok(Self(counts))
     }
 
-    /// Waits until none of them has more than this again.
+    /// Waits until they have these again, no more and no fewer.
     pub(crate) async fn again(&self, processes: &Processes) -> Result<()> {
-        let by = Instant::now() + WITHIN;
+        let by = Instant::now() + Duration::from_secs(10);
         loop {
             let now = Self::now(processes)?;
-            let mut pairs = now.0.iter().zip(&self.0);
-            if pairs.all(|((_, now), (_, then))| !any_more(now, then)) {
+            if now == *self {
                 return Ok(());
             }
             ensure!(Instant::now() < by, "held: {now:#?}, before: {self:#?}");

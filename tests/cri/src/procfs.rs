@@ -106,6 +106,12 @@ pub(crate) fn status(pid: u32, name: &str) -> Result<String> {
     fields(&format!("/proc/{pid}/status"), name)
 }
 
+/// How much of a process's memory is resident, in KiB.
+pub(crate) fn resident_kib(pid: u32) -> Result<i64> {
+    let text = status(pid, "VmRSS")?;
+    text.trim_end_matches(" kB").parse().context(text)
+}
+
 /// A capability set of a process.
 pub(crate) fn capabilities(pid: u32, set: &str) -> Result<u64> {
     let hex = status(pid, set)?;

@@ -310,11 +310,6 @@ async fn load_that_has_ended_leaves_the_shim_as_it_was(t: &Context) -> Result<()
     inside.again(shim).await
 }
 
-fn resident_kib(pid: u32) -> Result<i64> {
-    let text = procfs::status(pid, "VmRSS")?;
-    text.trim_end_matches(" kB").parse().context(text)
-}
-
 async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
     let many = if heavy() { 1000 } else { 100 };
     let (pod, container) = t.idle().await?;
@@ -346,13 +341,13 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
         at_once().await?;
     }
     some(20).await?;
-    let (before, resident) = (Held::at_rest(shim).await?, resident_kib(shim)?);
+    let (before, resident) = (Held::at_rest(shim).await?, procfs::resident_kib(shim)?);
     let each = OfEach::now(&processes)?;
     let inside = InGuest::now(shim).await?;
     some(many).await?;
     at_once().await?;
     before.again(shim).await?;
-    let now = resident_kib(shim)?;
+    let now = procfs::resident_kib(shim)?;
     ensure!(
         now <= resident + GROWTH_KIB,
         "{resident} KiB were resident, now {now}"
