@@ -42,21 +42,31 @@ impl Held {
             || any_more(&self.gauges, &other.gauges)
     }
 
-    /// What the shim holds once that has not changed for a while: containerd
-    /// keeps a forwarded connection for a second after its end.
+    /// The least that the shim holds, once it has not become less for a while:
+    /// containerd keeps a forwarded connection for a second after its end. A
+    /// heartbeat, and who reads this, come and go.
     pub(crate) async fn at_rest(shim: u32) -> Result<Self> {
         const REST: Duration = Duration::from_secs(2);
         let by = Instant::now() + WITHIN;
-        let (mut last, mut since) = (Self::by(shim).await?, Instant::now());
+        let (mut least, mut since) = (Self::by(shim).await?, Instant::now());
         while since.elapsed() < REST {
-            ensure!(Instant::now() < by, "it does not come to rest: {last:#?}");
+            ensure!(Instant::now() < by, "it does not come to rest: {least:#?}");
             tokio::time::sleep(Duration::from_millis(100)).await;
             let now = Self::by(shim).await?;
-            if now != last {
-                (last, since) = (now, Instant::now());
+            if least.exceeds(&now) {
+                least = least.or_less(&now);
+                since = Instant::now();
             }
         }
-        Ok(last)
+        Ok(least)
+    }
+
+    fn or_less(&self, other: &Self) -> Self {
+        Self {
+            descriptors: lesser(&self.descriptors, &other.descriptors),
+            threads: self.threads.min(other.threads),
+            gauges: lesser(&self.gauges, &other.gauges),
+        }
     }
 
     /// Waits until the shim holds no more than this again.
@@ -75,6 +85,19 @@ impl Held {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
+}
+
+/// The lesser of each count; what one has not is nothing.
+fn lesser<N: Ord + Default + Copy>(
+    one: &BTreeMap<String, N>,
+    other: &BTreeMap<String, N>,
+) -> BTreeMap<String, N> {
+    let none = N::default();
+    let count = |(name, count): (&String, &N)| {
+        let least = *count.min(other.get(name).unwrap_or(&none));
+        (name.clone(), least)
+    };
+    one.iter().map(count).collect()
 }
 
 fn any_more<N: PartialOrd + Default>(
