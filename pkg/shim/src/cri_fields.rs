@@ -180,9 +180,11 @@ mod tests {
             table(POD_FIELDS),
             table(CONTAINER_FIELDS)
         );
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/fields.md");
+        // Not where it was built: checkouts may share that.
+        let here = std::env::var("CARGO_MANIFEST_DIR").unwrap();
+        let path = std::path::Path::new(&here).join("../../docs/fields.md");
         if std::env::var_os("PODHULL_UPDATE_DOCS").is_some() {
-            std::fs::write(path, page).unwrap();
+            std::fs::write(&path, page).unwrap();
             return;
         }
         let written = std::fs::read_to_string(path).unwrap();

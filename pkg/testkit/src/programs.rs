@@ -79,11 +79,20 @@ impl Programs {
     }
 }
 
-/// The root of the checkout.
+/// The root of the checkout: that of the package that cargo runs, or the one that
+/// this is started in. Checkouts may share what is built, so that where it was
+/// built says little.
 #[must_use]
 pub fn workspace() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.ancestors().nth(2).unwrap_or(here).to_path_buf()
+    let here = env!("CARGO_MANIFEST_DIR");
+    let root = |place: PathBuf| {
+        let is_ours = |folder: &&Path| folder.join("pkg/testkit/Cargo.toml").is_file();
+        Some(place.ancestors().find(is_ours)?.to_path_buf())
+    };
+    let started = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let places = [started, env::current_dir().ok(), Some(here.into())];
+    let found = places.into_iter().flatten().find_map(root);
+    found.unwrap_or_else(|| here.into())
 }
 
 /// Where everything is kept that is built once.
