@@ -57,7 +57,7 @@ join() {
 
 # What `make guest` has made is made once: the next one only looks. It takes about a second.
 guest_again() {
-  timeout 20 make -s guest || { say "a second make guest fails, or takes longer than 20 s"; return 1; }
+  timeout 5 make -s guest || { say "a second make guest fails, or takes longer than 5 s"; return 1; }
 }
 
 # Half an hour of builds later would be late to say so.

@@ -300,6 +300,14 @@ mod tests {
         assert_eq!(parse("").unwrap(), Config::default());
     }
 
+    /// With KVM: the wait for the guest, and then its teardown.
+    #[test]
+    fn a_guest_that_never_comes_up_is_told_of_within_30_s() {
+        let config = Config::default();
+        let told = config.boot_timeout(false) + config.stop_timeout();
+        assert!(told <= Duration::from_secs(30), "{told:?}");
+    }
+
     #[test]
     fn keys_override_defaults() {
         let config = parse("allow_emulation = true\ndefault_memory_mib = 512\n").unwrap();
