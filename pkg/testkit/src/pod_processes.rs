@@ -46,6 +46,27 @@ impl Process {
 /// # Errors
 /// If there is no shim, or /proc cannot be read.
 pub fn of_pod(pod_id: &str) -> Result<Vec<Process>> {
+    let mut found = members(&all()?, pod_id).context("the pod has no shim")?;
+    for process in &mut found {
+        process.pss_kib = pss_kib(process.pid).unwrap_or_default();
+    }
+    Ok(found)
+}
+
+/// The shims of all pods, with those that are asked to start or to clean up.
+///
+/// # Errors
+/// If /proc cannot be read.
+pub fn shims() -> Result<Vec<u32>> {
+    let all = all()?.into_iter();
+    let shims = all.filter(|(_, (_, arguments))| is_shim(arguments));
+    Ok(shims.map(|(pid, _)| pid).collect())
+}
+
+type Table = BTreeMap<u32, (u32, Vec<String>)>;
+
+/// Every process: its parent, and its arguments.
+fn all() -> Result<Table> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir("/proc").context("read /proc")?.flatten() {
         let pid = entry
@@ -59,19 +80,21 @@ pub fn of_pod(pod_id: &str) -> Result<Vec<Process>> {
             all.insert(pid, (parent, arguments_of(pid)));
         }
     }
-    let mut found = members(&all, pod_id).context("the pod has no shim")?;
-    for process in &mut found {
-        process.pss_kib = pss_kib(process.pid).unwrap_or_default();
-    }
-    Ok(found)
+    Ok(all)
 }
 
-fn members(all: &BTreeMap<u32, (u32, Vec<String>)>, pod_id: &str) -> Option<Vec<Process>> {
-    let is_shim = |arguments: &[String]| {
-        name(arguments).starts_with("containerd-shim-")
-            && arguments.windows(2).any(|pair| pair == ["-id", pod_id])
+/// True for a shim, which names its pod, and not for a child of one.
+fn is_shim(arguments: &[String]) -> bool {
+    name(arguments).starts_with("containerd-shim-") && arguments.iter().any(|word| word == "-id")
+}
+
+fn members(all: &Table, pod_id: &str) -> Option<Vec<Process>> {
+    let is_its_shim = |arguments: &[String]| {
+        is_shim(arguments) && arguments.windows(2).any(|pair| pair == ["-id", pod_id])
     };
-    let (shim, (_, arguments)) = all.iter().find(|(_, (_, arguments))| is_shim(arguments))?;
+    let (shim, (_, arguments)) = all
+        .iter()
+        .find(|(_, (_, arguments))| is_its_shim(arguments))?;
     let has_vm = !name(arguments).contains("runc");
     let mut found = vec![Process {
         pid: *shim,

@@ -72,15 +72,16 @@ pub(crate) struct Session {
 impl Session {
     /// Opens an exec with standard input.
     pub(crate) async fn exec(container: &Container, command: &[&str], tty: bool) -> Result<Self> {
-        Self::connect(&container.exec_url(command, true, tty).await?).await
+        Self::open(&container.exec_url(command, true, tty).await?).await
     }
 
     /// Attaches to the init process, with standard input.
     pub(crate) async fn attach(container: &Container, tty: bool) -> Result<Self> {
-        Self::connect(&container.attach_url(true, tty).await?).await
+        Self::open(&container.attach_url(true, tty).await?).await
     }
 
-    async fn connect(url: &str) -> Result<Self> {
+    /// Opens the stream that containerd gave this address.
+    pub(crate) async fn open(url: &str) -> Result<Self> {
         Ok(Self {
             socket: connect(url).await?,
             stdout: Vec::new(),

@@ -3,12 +3,15 @@
 //! containerd goes on.
 
 use std::cell::Cell;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use podhull_testkit::cri::{Container, Pod};
 use podhull_testkit::oracle::assert_clean;
+use podhull_testkit::{pod_netns, pod_processes};
 
 use super::fault::killed_pod_is_noticed;
 use crate::case::cases;
@@ -17,6 +20,9 @@ use crate::procfs::{Processes, Role, signal};
 
 cases! {
     PODHULL_TWICE:
+        killed_shim_in_run_pod_leaves_nothing,
+        killed_shim_in_stop_pod_leaves_nothing,
+        killed_shims_redirects_are_gone_before_its_pod,
         killed_shim_in_create_and_start_leaves_nothing,
         killed_shim_in_exec_leaves_nothing,
         killed_shim_in_kill_and_delete_leaves_nothing;
@@ -24,6 +30,8 @@ cases! {
 
 /// When the shim is killed, in parts of the time that a call takes undisturbed.
 const MOMENTS: [f64; 4] = [0.1, 0.35, 0.6, 0.85];
+/// The same of StopPodSandbox, which ends with what needs no shim.
+const EARLY: [f64; 4] = [0.03, 0.08, 0.15, 0.3];
 /// A call whose shim is gone is answered within this.
 const ANSWERED: Duration = Duration::from_secs(20);
 const GONE: Duration = Duration::from_secs(10);
@@ -36,6 +44,8 @@ enum Call {
     Exec,
     /// CRI's StopContainer is Kill, and Delete once the process has ended.
     KillAndDelete,
+    /// CRI's StopPodSandbox, with a container that runs.
+    StopPod,
 }
 
 impl Call {
@@ -46,15 +56,23 @@ impl Call {
                 let container = t.container(&pod, "main").idle().create().await?;
                 Ok((pod, container))
             }
-            Self::Exec | Self::KillAndDelete => t.idle().await,
+            Self::Exec | Self::KillAndDelete | Self::StopPod => t.idle().await,
         }
     }
 
-    async fn make(self, container: &Container) -> Result<()> {
+    fn moments(self) -> [f64; 4] {
+        match self {
+            Self::StopPod => EARLY,
+            Self::CreateAndStart | Self::Exec | Self::KillAndDelete => MOMENTS,
+        }
+    }
+
+    async fn make(self, pod: &Pod, container: &Container) -> Result<()> {
         match self {
             Self::CreateAndStart => container.start().await,
             Self::Exec => container.exec(["true"]).await?.success().map(drop),
             Self::KillAndDelete => container.stop(0).await,
+            Self::StopPod => pod.stop().await,
         }
     }
 }
@@ -67,13 +85,17 @@ async fn killed_after(t: &Context, call: Call, moment: Duration) -> Result<bool>
     let answered = Cell::new(false);
     let calling = async {
         // It may have come to its end before, or without the shim.
-        drop(call.make(&container).await);
+        drop(call.make(&pod, &container).await);
         answered.set(true);
     };
     let killing = async {
         tokio::time::sleep(moment).await;
         let under_way = !answered.get();
-        signal(shim, Signal::SIGKILL).map(|()| under_way)
+        match signal(shim, Signal::SIGKILL) {
+            // Its pod has been stopped, and containerd goes on with the network.
+            Err(error) if error.downcast_ref() == Some(&Errno::ESRCH) => Ok(false),
+            result => result.map(|()| under_way),
+        }
     };
     let both = async { tokio::join!(calling, killing) };
     let ((), killed) = tokio::time::timeout(ANSWERED, both)
@@ -107,11 +129,11 @@ async fn removed(pod: &Pod) -> Result<()> {
 async fn killed_during(t: &Context, call: Call) -> Result<()> {
     let (pod, container) = call.prepared(t).await?;
     let begin = Instant::now();
-    call.make(&container).await?;
+    call.make(&pod, &container).await?;
     let whole = begin.elapsed();
     pod.remove().await?;
     let mut hit = 0;
-    for part in MOMENTS {
+    for part in call.moments() {
         let moment = whole.mul_f64(part);
         let met = killed_after(t, call, moment).await;
         hit += u32::from(met.with_context(|| format!("{call:?}, killed after {moment:?}"))?);
@@ -119,6 +141,98 @@ async fn killed_during(t: &Context, call: Call) -> Result<()> {
     ensure!(hit > 1, "{hit} kills met a call that takes {whole:?}");
     let (_pod, container) = t.idle().await?;
     container.exec(["true"]).await?.success().map(drop)
+}
+
+/// True if the pod did not come to be.
+async fn killed_while_it_boots(t: &Context, moment: Duration) -> Result<bool> {
+    let killing = async {
+        tokio::time::sleep(moment).await;
+        let shims = pod_processes::shims()?;
+        for shim in &shims {
+            // One that had started another has ended meanwhile.
+            drop(signal(*shim, Signal::SIGKILL));
+        }
+        anyhow::Ok(!shims.is_empty())
+    };
+    let both = async { tokio::join!(t.ready_pod(), killing) };
+    let (pod, killed) = tokio::time::timeout(ANSWERED, both)
+        .await
+        .context("RunPodSandbox is not answered")?;
+    let (killed, failed) = (killed?, pod.is_err());
+    if let Ok(pod) = pod {
+        if killed {
+            killed_pod_is_noticed(&pod).await?;
+        }
+        removed(&pod).await?;
+    }
+    // What containerd could not undo while `delete` was at work is still listed.
+    for id in t.client().pod_ids(None).await? {
+        crate::runner::remove(t, &id).await?;
+    }
+    assert_clean(&*t.containerd().await, t.before(), GONE).await?;
+    Ok(killed && failed)
+}
+
+async fn killed_shim_in_run_pod_leaves_nothing(t: &Context) -> Result<()> {
+    let begin = Instant::now();
+    let pod = t.ready_pod().await?;
+    let whole = begin.elapsed();
+    pod.remove().await?;
+    let mut hit = 0;
+    for part in MOMENTS {
+        let moment = whole.mul_f64(part);
+        let met = killed_while_it_boots(t, moment).await;
+        hit += u32::from(met.with_context(|| format!("killed after {moment:?}"))?);
+    }
+    ensure!(hit > 1, "{hit} kills met a start that takes {whole:?}");
+    let (_pod, container) = t.idle().await?;
+    container.exec(["true"]).await?.success().map(drop)
+}
+
+async fn killed_shim_in_stop_pod_leaves_nothing(t: &Context) -> Result<()> {
+    killed_during(t, Call::StopPod).await
+}
+
+/// What a pod's network has of podhull's: its tap, redirects, and rules.
+fn of_podhull() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (program, arguments, ours) in [
+        ("ip", ["-oneline", "link"], "podhull"),
+        ("tc", ["qdisc", "show"], "ingress"),
+        ("nft", ["list", "ruleset"], "podhull"),
+    ] {
+        let output = Command::new(program).args(arguments).output()?;
+        ensure!(output.status.success(), "{program}: {output:?}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        found.extend(
+            text.lines()
+                .filter(|line| line.contains(ours))
+                .map(str::to_owned),
+        );
+    }
+    Ok(found)
+}
+
+/// containerd asks for the clean-up once it has noticed; the CNI plugins are asked
+/// only when the pod is stopped, and must find the network as they left it.
+async fn killed_shims_redirects_are_gone_before_its_pod(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let namespace = pod_netns::open()?;
+    let before = pod_netns::inside(&namespace, of_podhull).await?;
+    ensure!(before.len() > 2, "a pod's network has only {before:?}");
+    let processes = Processes::of(pod.id())?;
+    signal(processes.pid(Role::Shim)?, Signal::SIGKILL)?;
+    let by = Instant::now() + GONE;
+    loop {
+        let left = pod_netns::inside(&namespace, of_podhull).await?;
+        if left.is_empty() {
+            break;
+        }
+        ensure!(Instant::now() < by, "left: {left:#?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    killed_pod_is_noticed(&pod).await?;
+    removed(&pod).await
 }
 
 async fn killed_shim_in_create_and_start_leaves_nothing(t: &Context) -> Result<()> {

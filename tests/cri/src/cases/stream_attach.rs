@@ -22,6 +22,7 @@ cases! {
     ALL_TWICE:
         attach_again_and_at_once_reaches_the_same_process,
         attach_at_once_to_a_terminal_shares_it,
+        attach_to_a_container_without_input_sees_it_to_its_end,
         attach_input_once_ends_with_its_first_client;
 }
 
@@ -141,6 +142,39 @@ async fn attach_at_once_to_a_terminal_shares_it(t: &Context) -> Result<()> {
     let ended = done(child).await?;
     contains!(ended.text(), "stty size");
     second.drain().await?;
+    Ok(())
+}
+
+/// With and without a terminal, and whether or not the client would give input.
+async fn attach_to_a_container_without_input_sees_it_to_its_end(t: &Context) -> Result<()> {
+    const SCRIPT: &str = "until [ -e /seen ]; do echo waits; sleep 0.1; done; \
+        [ -t 0 ] || ! read line || echo read; echo said; echo err >&2; exit 3";
+    let pod = t.ready_pod().await?;
+    for (number, (tty, input)) in [(false, false), (false, true), (true, false), (true, true)]
+        .into_iter()
+        .enumerate()
+    {
+        let container = t.container(&pod, &format!("main-{number}"));
+        let container = container.shell(SCRIPT).edit(|config| config.tty = tty);
+        let container = container.start().await?;
+        let mut session = Session::open(&container.attach_url(input, tty).await?).await?;
+        session.wrote("waits").await?;
+        if input {
+            session.send("nobody reads this\n").await?;
+        }
+        container.shell("touch /seen").await?.success()?;
+        session.drain().await?;
+        same!(container.exited(WITHIN).await?.exit_code, 3);
+        let seen = [&session.stdout, &session.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+        let [stdout, stderr] = seen;
+        let (expected, errors) = match tty {
+            true => ("waits\r\nsaid\r\nerr\r\n", ""),
+            false => ("waits\nsaid\n", "err\n"),
+        };
+        let what = format!("terminal: {tty}, input: {input}, {stdout:?} {stderr:?}");
+        ensure!(stdout.ends_with(expected), "{what}");
+        ensure!(stderr.ends_with(errors), "{what}");
+    }
     Ok(())
 }
 

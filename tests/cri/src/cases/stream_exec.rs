@@ -22,6 +22,7 @@ cases! {
     ALL:
         exec_by_kubernetes_client_works;
     ALL_TWICE:
+        exec_terminal_without_input_writes_and_ends,
         exec_input_ends_wherever_a_buffer_does,
         exec_fifty_sessions_at_once_all_work,
         exec_first_bytes_after_a_pause_arrive,
@@ -38,6 +39,28 @@ cases! {
 /// Within this, what cannot run has failed.
 const FAILS_WITHIN: Duration = Duration::from_secs(5);
 const WITHIN: Duration = Duration::from_secs(20);
+
+/// Over a WebSocket, which always has a stream for input, containerd closes the
+/// output when that ends, which it does at once: only the code is certain to arrive.
+async fn exec_terminal_without_input_writes_and_ends(t: &Context) -> Result<()> {
+    let (_pod, container) = t.idle().await?;
+    let command = ["sh", "-c", "tty; echo err >&2; exit 4"];
+    for websocket in [false, true] {
+        let options = Options {
+            websocket,
+            tty: Some((80, 24)),
+            ..Options::default()
+        };
+        let done = exec_with(t, &container, options, &command, b"").await?;
+        same!(done.code, 4, "{done:?}");
+        if !websocket {
+            let said = done.text();
+            ensure!(said.starts_with("/dev/pts/"), "{done:?}");
+            ensure!(said.ends_with("\r\nerr\r\n"), "{done:?}");
+        }
+    }
+    Ok(())
+}
 
 async fn exec_by_kubernetes_client_works(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
