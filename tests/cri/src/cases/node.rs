@@ -182,9 +182,13 @@ async fn node_guest_that_stays_silent_is_quoted(t: &Context) -> Result<()> {
         .map(|line| format!("{line}\n"))
         .collect();
     // Time for its word, but less than the refusal may take.
-    let seconds = if boots_slowly() { 15 } else { 2 };
+    let (seconds, within) = if boots_slowly() { (30, 60) } else { (2, 30) };
     let config = config + &format!("{key} = {seconds}\n");
-    refused(t, &config, &["did not come up", "lost in thought"]).await?;
+    let (words, within) = (
+        ["did not come up", "lost in thought"],
+        Duration::from_secs(within),
+    );
+    refused_within(t, within, &config, &words).await?;
     works_again(t).await
 }
 
