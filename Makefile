@@ -23,7 +23,7 @@ export PODHULL_STREAMS      ?= $(CACHE)/bin/streams/streams
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -ts $$'\t'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 .PHONY: demo
 demo: packages tools guest shim ## a pod in its own microVM on a stock containerd, from nothing

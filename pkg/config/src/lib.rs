@@ -300,6 +300,20 @@ mod tests {
         assert_eq!(parse("").unwrap(), Config::default());
     }
 
+    #[test]
+    fn the_page_has_every_key_with_its_default() {
+        let here = std::env::var("CARGO_MANIFEST_DIR").unwrap();
+        let page = Path::new(&here).join("../../docs/install.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let blocks = page.split("```toml\n").skip(1);
+        let blocks = blocks.filter_map(|block| block.split("```").next());
+        let keys = |block: &str| block.lines().filter(|line| line.contains(" = ")).count();
+        let block = blocks.max_by_key(|block| keys(block)).unwrap();
+        assert_eq!(parse(block).unwrap(), Config::default());
+        let shown = format!("{:?}", Config::default());
+        assert_eq!(keys(block), shown.matches(": ").count(), "{shown}");
+    }
+
     /// With KVM: the wait for the guest, and then its teardown.
     #[test]
     fn a_guest_that_never_comes_up_is_told_of_within_30_s() {
