@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -110,7 +110,15 @@ async fn oracle_planted_connection_of_a_shim_is_named(t: &Context) -> Result<()>
     let shim = Processes::of(pod.id())?.pid(Role::Shim)?;
     let before = Held::at_rest(shim).await?;
     let planted = UnixStream::connect(held::run_folder(shim)?.join("shim.sock"))?;
-    let again = before.again_within(shim, Duration::from_secs(1)).await;
+    // Until the shim has accepted it, it is in nobody's table.
+    let by = Instant::now() + Duration::from_secs(20);
+    let again = loop {
+        let again = before.again_within(shim, Duration::from_secs(1)).await;
+        if again.is_err() || Instant::now() > by {
+            break again;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
     let refused = refusal(again, "a connection more")?;
     contains!(&refused, "held:", "socket");
     drop(planted);
