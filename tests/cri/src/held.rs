@@ -2,6 +2,7 @@
 //! What a shim holds while its pod lives.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ use crate::case::Skip;
 use crate::procfs::{self, Processes, Role};
 
 const WITHIN: Duration = Duration::from_secs(20);
+/// For this long nothing is to change.
+const REST: Duration = Duration::from_secs(1);
 
 /// Its descriptors by what they lead to, its threads, and what it counts itself:
 /// tasks, transports, leases, sessions.
@@ -42,23 +45,19 @@ impl Held {
             || any_more(&self.gauges, &other.gauges)
     }
 
-    /// The least that the shim holds, once it has not become less for a while:
+    /// The least that the shim holds for a while, once that no longer changes:
     /// containerd keeps a forwarded connection for a second after its end. A
     /// heartbeat, and who reads this, come and go.
     pub(crate) async fn at_rest(shim: u32) -> Result<Self> {
-        const REST: Duration = Duration::from_secs(2);
-        let by = Instant::now() + WITHIN;
-        let (mut least, mut since) = (Self::by(shim).await?, Instant::now());
-        while since.elapsed() < REST {
-            ensure!(Instant::now() < by, "it does not come to rest: {least:#?}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            let now = Self::by(shim).await?;
-            if least.exceeds(&now) {
-                least = least.or_less(&now);
-                since = Instant::now();
+        settled(async || {
+            let (mut least, begin) = (Self::by(shim).await?, Instant::now());
+            while begin.elapsed() < REST {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                least = least.or_less(&Self::by(shim).await?);
             }
-        }
-        Ok(least)
+            Ok(least)
+        })
+        .await
     }
 
     fn or_less(&self, other: &Self) -> Self {
@@ -87,17 +86,33 @@ impl Held {
     }
 }
 
-/// The lesser of each count; what one has not is nothing.
-fn lesser<N: Ord + Default + Copy>(
+/// What `look` gives twice in a row.
+async fn settled<T: PartialEq + Debug>(mut look: impl AsyncFnMut() -> Result<T>) -> Result<T> {
+    let by = Instant::now() + WITHIN;
+    let mut last = look().await?;
+    loop {
+        let now = look().await?;
+        if now == last {
+            return Ok(now);
+        }
+        ensure!(
+            Instant::now() < by,
+            "it does not come to rest: {last:#?}, then {now:#?}"
+        );
+        last = now;
+    }
+}
+
+/// The lesser of each count; what one of them has not is left out.
+fn lesser<N: Ord + Copy>(
     one: &BTreeMap<String, N>,
     other: &BTreeMap<String, N>,
 ) -> BTreeMap<String, N> {
-    let none = N::default();
-    let count = |(name, count): (&String, &N)| {
-        let least = *count.min(other.get(name).unwrap_or(&none));
-        (name.clone(), least)
-    };
-    one.iter().map(count).collect()
+    let both = one.iter().filter_map(|(name, count)| {
+        let least = *count.min(other.get(name)?);
+        Some((name.clone(), least))
+    });
+    both.collect()
 }
 
 fn any_more<N: PartialOrd + Default>(
@@ -114,7 +129,16 @@ fn any_more<N: PartialOrd + Default>(
 pub(crate) struct OfEach(BTreeMap<&'static str, BTreeMap<String, usize>>);
 
 impl OfEach {
-    pub(crate) fn now(processes: &Processes) -> Result<Self> {
+    /// What they have once that no longer changes.
+    pub(crate) async fn at_rest(processes: &Processes) -> Result<Self> {
+        settled(async || {
+            tokio::time::sleep(REST).await;
+            Self::now(processes)
+        })
+        .await
+    }
+
+    fn now(processes: &Processes) -> Result<Self> {
         let mut counts = BTreeMap::new();
         for (name, role) in [
             ("shim", Role::Shim),

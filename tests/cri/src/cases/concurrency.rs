@@ -144,7 +144,7 @@ async fn exec_repeated_leaves_the_shim_as_it_was(t: &Context) -> Result<()> {
     };
     round().await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let before = OfEach::now(&processes)?;
+    let before = OfEach::at_rest(&processes).await?;
     for _ in 0..10 {
         round().await?;
     }

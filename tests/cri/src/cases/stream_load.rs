@@ -342,7 +342,7 @@ async fn load_of_hundreds_of_execs_leaves_the_shim_as_it_was(t: &Context) -> Res
     }
     some(20).await?;
     let (before, resident) = (Held::at_rest(shim).await?, procfs::resident_kib(shim)?);
-    let each = OfEach::now(&processes)?;
+    let each = OfEach::at_rest(&processes).await?;
     let inside = InGuest::now(shim).await?;
     some(many).await?;
     at_once().await?;
