@@ -4,6 +4,7 @@
 mod complete;
 mod exec;
 mod limits;
+mod shared;
 
 use std::collections::HashMap;
 use std::fs;
@@ -25,6 +26,7 @@ use crate::events::Events;
 use crate::helper::{Helper, Streams};
 use crate::init::RUN;
 use crate::oci::create;
+use crate::pod::Pod;
 use crate::process::{Process, Waiting};
 use crate::reaper::Reaper;
 use crate::stdio::Ends;
@@ -52,6 +54,7 @@ pub struct Containers {
     events: Events,
     /// PID 1 of the pod's shared PID namespace, once a container asked for it.
     pod_init: Arc<tokio::sync::Mutex<Option<Pid>>>,
+    pod: Pod,
 }
 
 fn bundle(id: &ContainerId) -> PathBuf {
@@ -83,7 +86,13 @@ impl Containers {
             reaper,
             events,
             pod_init: Arc::default(),
+            pod: Pod::default(),
         }
+    }
+
+    /// What its containers share.
+    pub(crate) fn pod(&self) -> &Pod {
+        &self.pod
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<ContainerId, Container>> {
@@ -130,7 +139,7 @@ impl Containers {
                 reason: error.to_string(),
             })?;
         let shared = self.pid_path(pid_namespace, pid_target).await?;
-        complete::complete(&mut spec, &id, rootfs, shared)?;
+        complete::complete(&mut spec, &id, rootfs, shared, self.pod.users().is_some())?;
         let process = Arc::new(Process::new(init.clone(), stdio, None));
         {
             let mut table = self.lock();
@@ -179,6 +188,8 @@ impl Containers {
             state: state(),
             console: console.as_ref().map(|console| console.path().to_owned()),
             cwd: create::WorkingDirectory::find(cwd, Path::new(rootfs), mounts),
+            process: process_of.cloned(),
+            users: self.pod.users().map(Into::into),
         };
         let by = deadline();
         let mut helper = Helper::start(&self.reaper, "create", &task, streams)?;
@@ -427,31 +438,6 @@ impl Containers {
     /// [`GuestError::NoProcess`].
     pub fn stats(&self, id: &ContainerId) -> Result<agent::StatsResponse, GuestError> {
         Ok(self.cgroup(id)?.stats())
-    }
-
-    /// The PID namespace that a container joins; `None` for one of its own.
-    async fn pid_path(
-        &self,
-        kind: PidNamespace,
-        target: &str,
-    ) -> Result<Option<PathBuf>, GuestError> {
-        let pid = match kind {
-            PidNamespace::Container => return Ok(None),
-            PidNamespace::Pod => self.pod_init().await?,
-            PidNamespace::Target => self.init_pid(&ContainerId::new(target)?)?,
-        };
-        Ok(Some(format!("/proc/{pid}/ns/pid").into()))
-    }
-
-    async fn pod_init(&self) -> Result<Pid, GuestError> {
-        let mut pod_init = self.pod_init.lock().await;
-        if let Some(pid) = *pod_init {
-            return Ok(pid);
-        }
-        let mut helper = Helper::start(&self.reaper, "pause", &(), Streams::default())?;
-        let pid = helper.pid(deadline()).await?;
-        *pod_init = Some(pid);
-        Ok(pid)
     }
 }
 

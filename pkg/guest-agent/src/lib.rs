@@ -11,8 +11,8 @@
 //!
 //! This crate must not know anything of the host's side.
 //!
-//! Reading order: [`agent`], [`init`], [`server`], [`containers`], [`process`],
-//! [`stdio`], [`oci`].
+//! Reading order: [`agent`], [`init`], [`server`], `pod`, [`containers`],
+//! [`process`], [`stdio`], [`oci`].
 
 pub mod agent;
 pub mod cgroup;
@@ -23,6 +23,7 @@ pub mod helper;
 pub mod init;
 pub mod network;
 pub mod oci;
+mod pod;
 pub mod process;
 pub mod reaper;
 pub mod server;

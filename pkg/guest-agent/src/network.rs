@@ -2,7 +2,10 @@
 //! The pod's network, set up in the guest as the CNI set it up on the host.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
 use podhull_api::agent;
@@ -13,6 +16,7 @@ use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder, new_connection};
 
 use crate::error::GuestError;
+use crate::pod::{self, Pod};
 
 fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> GuestError {
     let what = what.into();
@@ -20,16 +24,19 @@ fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> GuestErro
 }
 
 /// A connection to the kernel's routing socket; its driver ends with the handle.
-fn connect() -> Result<Handle, GuestError> {
-    let (driver, handle, _) = new_connection().map_err(GuestError::system("open netlink"))?;
+fn connect() -> io::Result<Handle> {
+    let (driver, handle, _) = new_connection()?;
     tokio::spawn(driver);
     Ok(handle)
 }
 
-/// Brings loopback up.
+/// Brings the guest's own loopback up.
 pub(crate) async fn loopback_up() -> Result<(), GuestError> {
-    let handle = connect()?;
-    let index = links(&handle)
+    bring_loopback_up(&connect().map_err(GuestError::system("open netlink"))?).await
+}
+
+async fn bring_loopback_up(handle: &Handle) -> Result<(), GuestError> {
+    let index = links(handle)
         .await?
         .into_iter()
         .find(|link| link.name == "lo")
@@ -93,12 +100,35 @@ fn parse_ip(text: &str) -> Result<IpAddr, GuestError> {
         .map_err(|_| GuestError::NetworkValue(format!("{text:?} is no address")))
 }
 
+/// Gives the pod the devices that it is to have, if its network is not the guest's.
+async fn give(interfaces: &[agent::Interface]) -> Result<(), GuestError> {
+    let guest = connect().map_err(GuestError::system("open netlink"))?;
+    let path = pod::path("net");
+    let pods = File::open(&path).map_err(GuestError::file("open", path))?;
+    let ours = links(&guest).await?;
+    let wanted = |link: &&Link| interfaces.iter().any(|wanted| wanted.mac == link.mac);
+    for link in ours.iter().filter(wanted) {
+        let give = LinkUnspec::new_with_index(link.index).setns_by_fd(pods.as_raw_fd());
+        let given = guest.link().set(give.build()).execute().await;
+        given.map_err(failed(format!("give the pod {}", link.name)))?;
+    }
+    Ok(())
+}
+
 /// Applies the host's settings.
-pub(crate) async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> {
+pub(crate) async fn configure(
+    pod: &Pod,
+    request: &agent::ConfigureRequest,
+) -> Result<(), GuestError> {
+    let connected = pod.in_network(connect).await;
+    let handle = connected.map_err(GuestError::system("open netlink"))?;
+    if pod.users().is_some() {
+        bring_loopback_up(&handle).await?;
+        give(&request.interfaces).await?;
+    }
     if request.interfaces.is_empty() {
         return Ok(());
     }
-    let handle = connect()?;
     let present = links(&handle).await?;
     let mut indices = HashMap::new();
     for interface in &request.interfaces {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The helpers' side: `podhull-agent oci create | exec | pause`.
+//! The helpers' side: `podhull-agent oci create | exec | pause | pod |
+//! sysctls`.
 
 pub mod create;
 pub mod exec;
@@ -7,6 +8,7 @@ pub mod executor;
 mod floor;
 pub mod lookup;
 pub mod pause;
+pub(crate) mod pod;
 
 use std::process::ExitCode;
 
@@ -17,6 +19,8 @@ pub fn main(name: &str) -> Option<ExitCode> {
         "create" => create::main(),
         "exec" => exec::main(),
         "pause" => pause::main(),
+        "pod" => pod::main(),
+        "sysctls" => pod::sysctls(),
         _ => return None,
     };
     Some(if done {

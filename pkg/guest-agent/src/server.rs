@@ -89,23 +89,6 @@ fn set_clock(ns: i64) -> Result<(), GuestError> {
         .map_err(GuestError::system("set the clock"))
 }
 
-fn set_sysctl(name: &str, value: &str) -> Result<(), GuestError> {
-    let fine = name.split(['.', '/']).all(|part| {
-        !part.is_empty()
-            && part
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
-    });
-    if !fine {
-        return Err(GuestError::Invalid {
-            field: "sysctls",
-            reason: format!("{name:?} is no name"),
-        });
-    }
-    let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
-    fs::write(&path, value).map_err(GuestError::file("write", path))
-}
-
 /// Gives back what the guest has of a container's part of the shared tree: its
 /// mounts, then the names and inodes that the kernel remembers. The file server
 /// keeps a descriptor for each, and the host cannot unmount what it keeps.
@@ -139,8 +122,12 @@ fn mounts_of(id: &ContainerId, mountinfo: &str) -> BTreeSet<PathBuf> {
         .collect()
 }
 
-async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> {
+async fn configure(
+    containers: &Containers,
+    request: &agent::ConfigureRequest,
+) -> Result<(), GuestError> {
     set_clock(request.wall_clock_ns)?;
+    containers.make_pod(request).await?;
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname)
             .map_err(GuestError::system("set the hostname"))?;
@@ -176,11 +163,8 @@ async fn configure(request: &agent::ConfigureRequest) -> Result<(), GuestError> 
         Some(options.as_str()),
     )
     .map_err(|errno| GuestError::file("mount", SHM)(errno.into()))?;
-    network::configure(request).await?;
-    for (name, value) in &request.sysctls {
-        set_sysctl(name, value)?;
-    }
-    Ok(())
+    network::configure(containers.pod(), request).await?;
+    containers.set_sysctls(&request.sysctls).await
 }
 
 /// Runs `work` to its end, also if the host no longer waits for it: a process
@@ -206,7 +190,7 @@ impl Agent for Service {
         &self,
         request: Request<agent::ConfigureRequest>,
     ) -> Result<Response<agent::ConfigureResponse>, Status> {
-        configure(&request.into_inner()).await?;
+        configure(&self.containers, &request.into_inner()).await?;
         Ok(Response::new(agent::ConfigureResponse {}))
     }
 

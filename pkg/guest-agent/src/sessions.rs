@@ -11,12 +11,13 @@ use podhull_transport::{
     reset,
 };
 use podhull_types::{Deadline, ProcessRef, Token};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::containers::Containers;
+use crate::pod::Pod;
 use crate::stdio;
 
 /// Time for a session's first frame, which the host sends at once, and for each
@@ -90,7 +91,8 @@ async fn session(
         match incoming.target().clone() {
             SessionTarget::Process(id) => process(incoming, &id, &containers).await,
             SessionTarget::Forward { port } => {
-                forward(incoming, port, Deadline::after(GREETING)).await;
+                let by = Deadline::after(GREETING);
+                forward(incoming, containers.pod(), port, by).await;
             }
         }
     }
@@ -126,17 +128,23 @@ async fn process(incoming: IncomingSession, id: &ProcessRef, containers: &Contai
     stdio::relay(ends, session, process.exit(), process.give_up.clone()).await;
 }
 
-/// Connects to a server on the guest's loopback.
-async fn connect(port: u16, by: Deadline) -> io::Result<TcpStream> {
+/// Connects to a server on the pod's loopback.
+async fn connect(pod: &Pod, port: u16, by: Deadline) -> io::Result<TcpStream> {
     let mut last = io::Error::from(io::ErrorKind::ConnectionRefused);
     for address in [
         IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(Ipv6Addr::LOCALHOST),
     ] {
-        match by
-            .run(TcpStream::connect(SocketAddr::new(address, port)))
-            .await
-        {
+        let address = SocketAddr::new(address, port);
+        // A socket stays in the network where it was made.
+        let connecting = async {
+            let socket = pod.in_network(move || match address {
+                SocketAddr::V4(_) => TcpSocket::new_v4(),
+                SocketAddr::V6(_) => TcpSocket::new_v6(),
+            });
+            socket.await?.connect(address).await
+        };
+        match by.run(connecting).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => last = error,
             Err(_) => return Err(io::ErrorKind::TimedOut.into()),
@@ -146,8 +154,8 @@ async fn connect(port: u16, by: Deadline) -> io::Result<TcpStream> {
 }
 
 /// Serves a forwarded connection, if a server is found before `found_by`.
-async fn forward(incoming: IncomingSession, port: u16, found_by: Deadline) {
-    let found = connect(port, found_by).await;
+async fn forward(incoming: IncomingSession, pod: &Pod, port: u16, found_by: Deadline) {
+    let found = connect(pod, port, found_by).await;
     // Whatever that took.
     let by = Deadline::after(GREETING);
     let stream = match found {
@@ -324,7 +332,8 @@ mod tests {
         host.write_all(&hello).await.unwrap();
         let token = Token::from_bytes(TOKEN);
         let incoming = receive_session(transport, &token, soon()).await.unwrap();
-        let mut refusing = Box::pin(forward(incoming, 1, Deadline::after(Duration::ZERO)));
+        let pod = Pod::default();
+        let mut refusing = Box::pin(forward(incoming, &pod, 1, Deadline::after(Duration::ZERO)));
         // Hanging up before the host has read it could lose it.
         let early = tokio::time::timeout(Duration::from_millis(100), &mut refusing);
         assert!(early.await.is_err(), "it hangs up at once");

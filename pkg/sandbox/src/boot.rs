@@ -23,6 +23,7 @@ use crate::rundir::{Record, RunDir};
 use crate::sandbox::{Booted, Sandbox};
 use crate::spec::{Runtime, SandboxSpec};
 use crate::teardown::{Parts, tear_down};
+use crate::users;
 
 /// Time for setting up what the host needs before the VM starts.
 const HOST_SETUP: Duration = Duration::from_secs(10);
@@ -134,6 +135,7 @@ async fn bring_up(
         vcpus,
         network,
         share,
+        mapped_users: spec.users.is_some(),
         acceleration,
         cgroup: spec
             .cgroups_path
@@ -374,6 +376,7 @@ async fn configure(
         sysctls: spec.sysctls.clone().into_iter().collect(),
         share_tag: SHARE_TAG.to_owned(),
         shm_size: spec.shm_size.unwrap_or(0),
+        user_namespace: spec.users.map(users::to_wire),
     };
     let asked = connected.channel.call("Configure", by, async |mut client| {
         client.configure(request).await

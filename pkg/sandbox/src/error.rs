@@ -161,13 +161,6 @@ impl SandboxError {
         }
     }
 
-    /// The refusal of a user namespace, for a pod or one of its containers.
-    #[must_use]
-    pub fn no_user_namespaces() -> Self {
-        let reason = "user namespaces of pods are not offered; the VM keeps them from the host";
-        Self::refused("hostUsers", reason)
-    }
-
     /// Of which kind it is.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

@@ -136,6 +136,7 @@ pub(crate) fn spec() -> SandboxSpec {
         hostname: String::new(),
         domainname: String::new(),
         netns: None,
+        users: None,
         cgroups_path: None,
         sysctls: std::collections::BTreeMap::new(),
         memory_limit_bytes: None,

@@ -31,12 +31,13 @@ pub mod spec;
 mod stdio;
 pub mod teardown;
 mod translate;
+pub mod users;
 mod watch;
 
 pub use cleanup::cleanup;
 pub use error::{ErrorKind, SandboxError};
 pub use podhull_api::agent::StatsResponse as ContainerStats;
-pub use podhull_storage::RootfsMount;
+pub use podhull_storage::{RootfsMount, can_map_ids};
 pub use rundir::RunDir;
 pub use sandbox::Sandbox;
 pub use spec::{

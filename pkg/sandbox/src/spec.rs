@@ -11,7 +11,7 @@ use oci_spec::runtime::Spec;
 use podhull_config::Config;
 use podhull_storage::RootfsMount;
 use podhull_telemetry::Metrics;
-use podhull_types::{ContainerId, ExitStatus, ProcessRef, SandboxId};
+use podhull_types::{ContainerId, ExitStatus, ProcessRef, SandboxId, UserNamespace};
 
 /// What all sandboxes of a process share.
 #[derive(Debug)]
@@ -37,6 +37,8 @@ pub struct SandboxSpec {
     pub domainname: String,
     /// The pod's network namespace; `None` for a pod without network.
     pub netns: Option<PathBuf>,
+    /// What the pod's user namespace maps; `None` for the guest's own users.
+    pub users: Option<UserNamespace>,
     /// The sandbox's cgroup as an OCI `linux.cgroupsPath`.
     pub cgroups_path: Option<String>,
     /// Sysctls of the pod.

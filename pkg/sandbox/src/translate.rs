@@ -2,20 +2,21 @@
 //! From containerd's OCI spec to one that is true inside the guest.
 //!
 //! The guest is the pod: its network, UTS and IPC namespaces are the guest's
-//! own, its cgroup tree is the agent's, and every path comes from the shared
+//! own, or owned by its user namespace, its cgroup tree is the agent's, and every path comes from the shared
 //! tree. What cannot be had there is refused by its field's name.
 
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use podhull_api::agent;
-use podhull_storage::{GuestPath, Propagation, SharedTree, Volume};
-use podhull_types::{ContainerId, SandboxId};
+use podhull_storage::{GuestPath, Propagation, SharedTree, StorageError, Volume};
+use podhull_types::{ContainerId, SandboxId, chain};
 use serde::Serialize;
 
 use crate::error::SandboxError;
 use crate::fields;
 use crate::spec::{ContainerSpec, PodFiles, SandboxSpec};
+use crate::users;
 
 mod oci_fields;
 
@@ -64,6 +65,7 @@ pub(crate) fn translate(
 ) -> Result<GuestSpec, SandboxError> {
     let mut oci = container.oci.clone();
     refuse_namespaces(&oci)?;
+    users::check(&oci, sandbox.users)?;
     check_fields(&oci, "")?;
     let pid_namespace = pid_namespace(&oci, targets)?;
     strip_host(&mut oci);
@@ -103,7 +105,6 @@ fn refuse_namespaces(oci: &Spec) -> Result<(), SandboxError> {
     let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
     for namespace in namespaces.into_iter().flatten() {
         match namespace.typ() {
-            LinuxNamespaceType::User => return Err(SandboxError::no_user_namespaces()),
             LinuxNamespaceType::Time => {
                 return Err(SandboxError::refused(
                     "linux.namespaces[time]",
@@ -210,6 +211,7 @@ fn strip_host(oci: &mut Spec) {
             LinuxNamespaceType::Uts,
             LinuxNamespaceType::Ipc,
             LinuxNamespaceType::Pid,
+            LinuxNamespaceType::User,
         ];
         let namespaces = linux.namespaces().clone().unwrap_or_default();
         let own = namespaces
@@ -217,6 +219,8 @@ fn strip_host(oci: &mut Spec) {
             .filter(|ns| !shared.contains(&ns.typ()))
             .collect();
         linux.set_namespaces(Some(own));
+        linux.set_uid_mappings(None);
+        linux.set_gid_mappings(None);
         linux.set_cgroups_path(None);
         linux.set_mount_label(None);
         if let Some(resources) = linux.resources_mut() {
@@ -257,6 +261,7 @@ fn translate_mount(
         let reason = "Bidirectional propagation: a mount made in a VM cannot reach the host";
         return Err(SandboxError::refused(field(), reason));
     }
+    let ids = users::of_mount(&mount)?;
     let Some(source) = mount.source().clone() else {
         return Err(SandboxError::refused(
             field(),
@@ -267,7 +272,9 @@ fn translate_mount(
     let source =
         bindable(&source, recursive).map_err(|reason| SandboxError::refused(field(), reason))?;
     let path = match made_by_shim(&sandbox.files, &destination).filter(|_| !source.exists()) {
-        Some((name, content)) => tree.write_file(&container.id, name, content.as_bytes())?,
+        Some((name, content)) => {
+            tree.write_file(&container.id, name, content.as_bytes(), sandbox.users)?
+        }
         None => {
             let volume = Volume {
                 source,
@@ -279,12 +286,29 @@ fn translate_mount(
                     (false, false) => Propagation::Private,
                     _ => Propagation::HostToContainer,
                 },
+                ids,
             };
-            tree.bind(&container.id, &volume)?
+            tree.bind(&container.id, &volume)
+                .map_err(|error| refuse_owners(error, &destination))?
         }
     };
     mount.set_source(Some(in_share(&path).into()));
+    mount.set_uid_mappings(None).set_gid_mappings(None);
+    // The host has done what these ask for.
+    let left = |option: &String| option != "idmap" && option != "ridmap";
+    mount.set_options(Some(options.into_iter().filter(left).collect()));
     Ok(mount)
+}
+
+/// Where a mount cannot show other owners, it is refused by its field's name.
+fn refuse_owners(error: StorageError, destination: &Path) -> SandboxError {
+    match error {
+        StorageError::Owners { .. } => {
+            let field = format!("mounts[{}].uidMappings", destination.display());
+            SandboxError::refused(field, chain(&error))
+        }
+        error => error.into(),
+    }
 }
 
 /// The path without links that a bind of `source` is to bind, or why there must be

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec};
+use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec, users};
 use podhull_types::SandboxId;
 
 use crate::error::ShimError;
@@ -110,8 +110,13 @@ pub(crate) fn sandbox_spec(
             return Err(refuse_host(field, what));
         }
     }
-    if namespace(spec, LinuxNamespaceType::User).is_some() {
-        return Err(SandboxError::no_user_namespaces().into());
+    let users = users::of_spec(spec)?;
+    let netns = namespace(spec, Network).flatten();
+    if users.is_some() && netns.is_none() {
+        // containerd 1.7 leaves it to the runtime to make the network.
+        let reason = "a user namespace needs containerd 2.0 or later, which makes the pod's \
+            network before its sandbox";
+        return Err(SandboxError::refused("hostUsers", reason).into());
     }
     let linux = spec.linux().as_ref();
     let number = |key| annotation(spec, key).and_then(|text| text.parse::<i64>().ok());
@@ -129,7 +134,8 @@ pub(crate) fn sandbox_spec(
         namespace: namespace_name.to_owned(),
         hostname: spec.hostname().clone().unwrap_or_default(),
         domainname: spec.domainname().clone().unwrap_or_default(),
-        netns: namespace(spec, Network).flatten(),
+        netns,
+        users,
         cgroups_path: linux
             .and_then(|linux| linux.cgroups_path().as_ref())
             .map(|path| path.to_string_lossy().into_owned()),
@@ -185,6 +191,29 @@ mod tests {
         assert_eq!(made.vcpus, Some(2));
         assert_eq!(made.sysctls["net.core.somaxconn"], "1024");
         assert_eq!(made.cgroups_path.as_deref(), Some("/kubepods/pod1/s1"));
+    }
+
+    #[test]
+    fn a_user_namespace_needs_a_network_that_is_there() {
+        let id = SandboxId::new("s1").unwrap();
+        let of = |network: serde_json::Value| {
+            let mut pause = serde_json::to_value(pause(serde_json::json!([
+                network, {"type": "pid"}, {"type": "ipc"}, {"type": "user"},
+            ])))
+            .unwrap();
+            let ids = serde_json::json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+            pause["linux"]["uidMappings"] = ids.clone();
+            pause["linux"]["gidMappings"] = ids;
+            sandbox_spec("k8s.io", &id, &spec(pause), Instant::now())
+        };
+        let made = of(serde_json::json!({"type": "network", "path": "/run/netns/x"})).unwrap();
+        assert_eq!(made.users.unwrap().uids.root(), 100_000);
+        let error = of(serde_json::json!({"type": "network"})).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.starts_with("hostUsers") && error.contains("containerd 2.0"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -6,9 +6,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use k8s_cri::v1::{DnsConfig, NamespaceMode, PodSandboxConfig};
+use k8s_cri::v1::{
+    DnsConfig, IdMapping as CriMapping, NamespaceMode, PodSandboxConfig,
+    UserNamespace as CriUserNamespace,
+};
 use podhull_sandbox::{PodFiles, SandboxError, SandboxSpec, fields};
-use podhull_types::SandboxId;
+use podhull_types::{IdMapping, SandboxId, UserNamespace};
 use prost::Message;
 
 use crate::bundle::{refuse_host, vcpus};
@@ -17,6 +20,8 @@ use crate::error::ShimError;
 
 /// How containerd calls the type in an Any.
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
+/// Where a pod's user namespace is described.
+const USERNS: &str = "linux.security_context.namespace_options.userns_options";
 /// What a pod without an own one gets, as from containerd.
 const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
 /// What containerd 2.x gives a pod that says nothing else (its settings
@@ -24,8 +29,9 @@ const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
 /// not reach a shim): users may listen on low ports, and ping.
 const SYSCTLS: [(&str, &str); 2] = [
     ("net.ipv4.ip_unprivileged_port_start", "0"),
-    ("net.ipv4.ping_group_range", "0 2147483647"),
+    (PING, "0 2147483647"),
 ];
+const PING: &str = "net.ipv4.ping_group_range";
 
 /// The pod's configuration out of CreateSandbox's options.
 pub(crate) fn decode(options: Option<&Any>) -> Result<PodSandboxConfig, ShimError> {
@@ -64,15 +70,16 @@ pub(crate) fn sandbox_spec(
             return Err(refuse_host(field, what));
         }
     }
-    let users = modes.userns_options.map(|users| users.mode());
-    if users == Some(NamespaceMode::Pod) {
-        return Err(SandboxError::no_user_namespaces().into());
-    }
+    let users = users(modes.userns_options.as_ref())?;
     let resources = linux.resources.unwrap_or_default();
     let memory = u64::try_from(resources.memory_limit_in_bytes).unwrap_or(0);
     let period = u64::try_from(resources.cpu_period).unwrap_or(0);
     let parent = Some(linux.cgroup_parent).filter(|parent| !parent.is_empty());
-    let defaults = SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let defaults = SYSCTLS
+        .into_iter()
+        // Not all of its groups are in a user namespace.
+        .filter(|(name, _)| users.is_none() || *name != PING)
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
     let hostname = hostname(config)?;
     Ok(SandboxSpec {
         id: id.clone(),
@@ -83,13 +90,34 @@ pub(crate) fn sandbox_spec(
         netns: Some(netns)
             .filter(|path| !path.is_empty())
             .map(PathBuf::from),
+        users,
         cgroups_path: Some(cgroup(parent.as_deref(), namespace, id)),
-        sysctls: defaults.into_iter().chain(linux.sysctls).collect(),
+        sysctls: defaults.chain(linux.sysctls).collect(),
         memory_limit_bytes: Some(memory).filter(|bytes| *bytes > 0),
         vcpus: vcpus(resources.cpu_quota, period),
         shm_size: None,
         started,
     })
+}
+
+/// What the pod's user namespace maps, if it has one.
+fn users(options: Option<&CriUserNamespace>) -> Result<Option<UserNamespace>, ShimError> {
+    let Some(options) = options.filter(|options| options.mode() == NamespaceMode::Pod) else {
+        return Ok(None);
+    };
+    let ids = |mappings: &[CriMapping], field: &str| {
+        let all = mappings.iter();
+        IdMapping::only(all.map(|ids| (ids.container_id, ids.host_id, ids.length))).map_err(
+            |error| {
+                let field = format!("{USERNS}.{field}");
+                ShimError::from(SandboxError::refused(field, error.to_string()))
+            },
+        )
+    };
+    Ok(Some(UserNamespace {
+        uids: ids(&options.uids, "uids")?,
+        gids: ids(&options.gids, "gids")?,
+    }))
 }
 
 /// The sandbox's cgroup, named as containerd names a pause container's: systemd
@@ -240,6 +268,49 @@ mod tests {
             let made = sandbox_spec("k8s.io", &id(), &config, "", Instant::now());
             let error = made.unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_user_namespace_is_one_mapping_of_each_kind() {
+        let of = |uids: Vec<CriMapping>, gids| {
+            let options = NamespaceOption {
+                userns_options: Some(CriUserNamespace {
+                    mode: NamespaceMode::Pod.into(),
+                    uids,
+                    gids,
+                }),
+                ..NamespaceOption::default()
+            };
+            let config = PodSandboxConfig {
+                linux: Some(LinuxPodSandboxConfig {
+                    security_context: Some(LinuxSandboxSecurityContext {
+                        namespace_options: Some(options),
+                        ..LinuxSandboxSecurityContext::default()
+                    }),
+                    ..LinuxPodSandboxConfig::default()
+                }),
+                ..PodSandboxConfig::default()
+            };
+            sandbox_spec("k8s.io", &id(), &config, "", Instant::now())
+        };
+        let ids = |container_id, host_id| CriMapping {
+            host_id,
+            container_id,
+            length: 65_536,
+        };
+        let spec = of(vec![ids(0, 100_000)], vec![ids(0, 200_000)]).unwrap();
+        let users = spec.users.unwrap();
+        assert_eq!((users.uids.root(), users.gids.root()), (100_000, 200_000));
+        // As from containerd: not all of the groups are in it.
+        assert!(!spec.sysctls.contains_key(PING));
+        for (uids, gids, field) in [
+            (vec![], vec![ids(0, 5)], "uids"),
+            (vec![ids(0, 5)], vec![ids(1, 5)], "gids"),
+            (vec![ids(0, 5), ids(0, 9)], vec![ids(0, 5)], "uids"),
+        ] {
+            let error = of(uids, gids).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{USERNS}.{field}")), "{error}");
         }
     }
 

@@ -19,19 +19,19 @@ fn features() -> Value {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime",
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap", "noatime",
             "nodev", "nodiratime", "noexec", "norelatime", "nosuid", "private", "rbind",
-            "relatime", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid",
+            "relatime", "ridmap", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid",
             "sync",
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": podhull_sandbox::can_map_ids()}},
         },
     })
 }

@@ -33,6 +33,18 @@ pub enum StorageError {
     /// A mount came after the end of its container.
     #[error("container {0} was removed meanwhile")]
     Removed(ContainerId),
+    /// A mount that is to show other owners cannot.
+    #[error("{}: its file system cannot show other owners (no idmapped mount)", path.display())]
+    Owners {
+        /// What is mounted.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The snapshotter's options for other owners cannot be used.
+    #[error("rootfs: {0}")]
+    RootfsOwners(String),
     /// A container came without a root filesystem.
     #[error("rootfs: the snapshotter gave no mounts")]
     NoRootfs,
@@ -44,7 +56,7 @@ impl StorageError {
     #[must_use]
     pub fn is_of_the_request(&self) -> bool {
         match self {
-            Self::NoRootfs => true,
+            Self::NoRootfs | Self::RootfsOwners(_) | Self::Owners { .. } => true,
             Self::Source { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::NotFound

@@ -9,14 +9,17 @@
 //! volume can be; a mount is undone by a name below the tree, without following
 //! links; what is not ours stays and is reported.
 //!
-//! Reading order: [`tree`], [`volume`], `mounts`.
+//! Reading order: [`tree`], [`volume`], `mounts`, `idmap`.
 
 pub mod error;
+mod idmap;
 mod mounts;
+mod sys;
 mod table;
 pub mod tree;
 pub mod volume;
 
 pub use error::StorageError;
+pub use sys::can_map_ids;
 pub use tree::{GuestPath, RemoveReport, SharedTree, sweep};
-pub use volume::{Propagation, RootfsMount, Volume};
+pub use volume::{MappedIds, Propagation, RootfsMount, Volume};

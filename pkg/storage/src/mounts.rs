@@ -11,6 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use podhull_types::Deadline;
 
 use crate::error::StorageError;
+use crate::idmap::{self, Shown, UserNamespaces};
 use crate::volume::{Propagation, RootfsMount, Volume};
 
 const NONE: Option<&str> = None;
@@ -50,11 +51,53 @@ fn split_options(options: &[String]) -> (MsFlags, String) {
     (flags, data.join(","))
 }
 
-/// Mounts one of a snapshotter's mounts at `target`.
-pub(crate) fn mount_rootfs(entry: &RootfsMount, target: &Path) -> Result<(), StorageError> {
-    let failed = || StorageError::path("mount the root filesystem at", target);
-    let (mut flags, data) = split_options(&entry.options);
+/// Mounts one of a snapshotter's mounts at `target`. `below` is the same mount
+/// point under the shared tree, for what nobody else is to see.
+pub(crate) fn mount_rootfs(
+    entry: &RootfsMount,
+    namespaces: &UserNamespaces,
+    below: &Path,
+    target: &Path,
+) -> Result<(), StorageError> {
+    let failed =
+        |source: io::Error| StorageError::path("mount the root filesystem at", target)(source);
+    let (users, options) = idmap::take_mapping(&entry.options)?;
+    let (mut flags, data) = split_options(&options);
     let is_bind = entry.fstype == "bind" || flags.contains(MsFlags::MS_BIND);
+    match users {
+        None => {}
+        Some(users) if is_bind => {
+            let copy = namespaces.show(&Shown {
+                source: Path::new(&entry.source),
+                users,
+                recursive: flags.contains(MsFlags::MS_REC),
+                all: false,
+                read_only: flags.contains(MsFlags::MS_RDONLY),
+            })?;
+            return idmap::put(&copy, target).map_err(failed);
+        }
+        // An overlay itself shows whose its layers' files are.
+        Some(users) if entry.fstype == "overlay" => {
+            let (folder, options) = idmap::layers(&options)?;
+            let copy = namespaces.show(&Shown {
+                source: &folder,
+                users,
+                recursive: false,
+                all: false,
+                read_only: true,
+            })?;
+            idmap::put(&copy, below).map_err(failed)?;
+            let (flags, data) = split_options(&options);
+            let mounted = mount_in(below, entry, target, flags, &data);
+            // The overlay has copies of its own.
+            let detached = umount2(below, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);
+            return mounted.and(detached).map_err(|errno| failed(errno.into()));
+        }
+        Some(_) => {
+            let reason = format!("a {} cannot show other owners", entry.fstype);
+            return Err(StorageError::RootfsOwners(reason));
+        }
+    }
     if is_bind {
         flags |= MsFlags::MS_BIND;
     }
@@ -70,31 +113,42 @@ pub(crate) fn mount_rootfs(entry: &RootfsMount, target: &Path) -> Result<(), Sto
             data.as_deref(),
         ),
     };
-    mounted.map_err(failed())?;
+    mounted.map_err(|errno| failed(errno.into()))?;
     // The kernel ignores other flags while it binds.
     if is_bind && flags.contains(MsFlags::MS_RDONLY) {
         let again = flags | MsFlags::MS_REMOUNT;
-        mount(NONE, target, NONE, again, NONE).map_err(failed())?;
+        mount(NONE, target, NONE, again, NONE).map_err(|errno| failed(errno.into()))?;
     }
     Ok(())
 }
 
 /// Mounts with options that are too long for the kernel, as those of an image
 /// with many layers: their names are made relative to the folder that they share.
-/// A thread of its own works in that folder.
 fn mount_long(entry: &RootfsMount, target: &Path, flags: MsFlags, data: &str) -> nix::Result<()> {
     let (folder, data) = shorten(data).ok_or(nix::Error::E2BIG)?;
+    mount_in(&folder, entry, target, flags, &data)
+}
+
+/// Mounts with options whose names are relative to `folder`. A thread of its own
+/// works there.
+fn mount_in(
+    folder: &Path,
+    entry: &RootfsMount,
+    target: &Path,
+    flags: MsFlags,
+    data: &str,
+) -> nix::Result<()> {
     std::thread::scope(|scope| {
         let work = scope.spawn(|| {
             unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(&folder)?;
+            nix::unistd::chdir(folder)?;
             let fstype = Some(entry.fstype.as_str());
             mount(
                 Some(entry.source.as_str()),
                 target,
                 fstype,
                 flags,
-                Some(data.as_str()),
+                Some(data),
             )
         });
         work.join().unwrap_or(Err(nix::Error::EIO))
@@ -144,17 +198,37 @@ fn shorten(data: &str) -> Option<(PathBuf, String)> {
 /// the same mount point, under the shared tree: there the mount is made ready.
 /// Made in the tree, the file server's copy would already follow the host's
 /// mounts, and go on following them.
-pub(crate) fn bind(volume: &Volume, below: &Path, target: &Path) -> Result<(), StorageError> {
-    let mut flags = MsFlags::MS_BIND;
-    if volume.recursive {
-        flags |= MsFlags::MS_REC;
-    }
-    mount(Some(&volume.source), below, NONE, flags, NONE).map_err(|errno| {
-        StorageError::Source {
-            path: volume.source.clone(),
-            source: errno.into(),
+pub(crate) fn bind(
+    volume: &Volume,
+    namespaces: &UserNamespaces,
+    below: &Path,
+    target: &Path,
+) -> Result<(), StorageError> {
+    let failed = |source| StorageError::Source {
+        path: volume.source.clone(),
+        source,
+    };
+    match volume.ids {
+        None => {
+            let mut flags = MsFlags::MS_BIND;
+            if volume.recursive {
+                flags |= MsFlags::MS_REC;
+            }
+            mount(Some(&volume.source), below, NONE, flags, NONE)
+                .map_err(|errno| failed(errno.into()))?;
         }
-    })?;
+        // The kernel maps only what is not in a tree of mounts yet.
+        Some(ids) => {
+            let copy = namespaces.show(&Shown {
+                source: &volume.source,
+                users: ids.users,
+                recursive: volume.recursive,
+                all: ids.recursive,
+                read_only: false,
+            })?;
+            idmap::put(&copy, below).map_err(failed)?;
+        }
+    }
     let placed = place(volume, below, target);
     if placed.is_err() {
         let undone = umount2(below, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);

@@ -10,14 +10,15 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use podhull_types::{ContainerId, Deadline, chain};
+use podhull_types::{ContainerId, Deadline, UserNamespace, chain};
 
 use crate::error::StorageError;
+use crate::idmap::UserNamespaces;
 use crate::mounts::{self, Unmounted};
 use crate::table;
 use crate::volume::{Propagation, RootfsMount, Volume};
@@ -79,6 +80,7 @@ pub struct SharedTree {
     /// The same folder, without the read-only mount over it.
     below: File,
     containers: Mutex<HashMap<ContainerId, Made>>,
+    namespaces: UserNamespaces,
 }
 
 impl SharedTree {
@@ -98,6 +100,7 @@ impl SharedTree {
             root: root.into(),
             below,
             containers: Mutex::default(),
+            namespaces: UserNamespaces::default(),
         })
     }
 
@@ -178,14 +181,15 @@ impl SharedTree {
         entries: &[RootfsMount],
     ) -> Result<GuestPath, StorageError> {
         let point = self.note(container, |_| ROOTFS.into())?;
+        let below = self.writable(&point);
         let mount = || {
-            fs::create_dir(self.writable(&point))
-                .map_err(StorageError::path("make folder", &point))?;
+            fs::create_dir(&below).map_err(StorageError::path("make folder", &point))?;
             if entries.is_empty() {
                 return Err(StorageError::NoRootfs);
             }
             let mut entries = entries.iter();
-            entries.try_for_each(|entry| mounts::mount_rootfs(entry, &point))
+            entries
+                .try_for_each(|entry| mounts::mount_rootfs(entry, &self.namespaces, &below, &point))
         };
         let mounted = mount();
         self.made(container, point, mounted)
@@ -203,12 +207,12 @@ impl SharedTree {
         let point = self.note(container, |number| format!("v{number}"))?;
         let below = self.writable(&point);
         let mounted = mounts::make_point(&volume.source, &below)
-            .and_then(|()| mounts::bind(volume, &below, &point));
+            .and_then(|()| mounts::bind(volume, &self.namespaces, &below, &point));
         self.made(container, point, mounted)
     }
 
-    /// Writes a file that the container sees and may write to, as to those that
-    /// containerd makes; `name` has no slash.
+    /// Writes a file that the container sees and that its root, `users`' or the
+    /// host's, may write to, as to those that containerd makes; `name` has no slash.
     ///
     /// # Errors
     /// [`StorageError::Path`] if it cannot be written.
@@ -217,11 +221,16 @@ impl SharedTree {
         container: &ContainerId,
         name: &str,
         content: &[u8],
+        users: Option<UserNamespace>,
     ) -> Result<GuestPath, StorageError> {
         let path = self.folder(container)?.join(name);
         let writable = self.writable(&path);
         let written = fs::write(&writable, content)
-            .and_then(|()| fs::set_permissions(&writable, fs::Permissions::from_mode(0o644)));
+            .and_then(|()| fs::set_permissions(&writable, fs::Permissions::from_mode(0o644)))
+            .and_then(|()| match users {
+                Some(users) => chown(&writable, Some(users.uids.root()), Some(users.gids.root())),
+                None => Ok(()),
+            });
         {
             let mut containers = self.containers();
             let made = containers.entry(container.clone()).or_default();
@@ -235,6 +244,7 @@ impl SharedTree {
             read_only: false,
             recursive_read_only: false,
             propagation: Propagation::Private,
+            ids: None,
         };
         self.bind(container, &volume)
     }

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use podhull_types::UserNamespace;
+
 /// One of a snapshotter's mounts (containerd's `api/types/mount.proto`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RootfsMount {
@@ -27,6 +29,18 @@ pub struct Volume {
     pub recursive_read_only: bool,
     /// Whether later mounts of the host appear.
     pub propagation: Propagation,
+    /// Owners that the container sees instead of the files'.
+    pub ids: Option<MappedIds>,
+}
+
+/// A volume's owners, shown as those of a user namespace: what belongs to root on
+/// its file system belongs to that namespace's root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MappedIds {
+    /// What is mapped.
+    pub users: UserNamespace,
+    /// Also in what is mounted below the volume.
+    pub recursive: bool,
 }
 
 /// Whether mounts that the host makes below a volume later are seen.

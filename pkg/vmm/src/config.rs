@@ -30,6 +30,9 @@ pub struct VmConfig {
     pub network: Option<VmNetwork>,
     /// The host's folder that the guest mounts as [`SHARE_TAG`].
     pub share: PathBuf,
+    /// The guest's containers have a user namespace: a user other than root may be
+    /// their root.
+    pub mapped_users: bool,
     /// Whether it may be emulated.
     pub acceleration: Acceleration,
     /// Where its processes are accounted.

@@ -216,6 +216,7 @@ async fn start_file_server(
     let task = virtiofs::Task {
         cgroups: cgroups.to_vec(),
         folder: config.share.clone(),
+        mapped_users: config.mapped_users,
     };
     let streams = Streams {
         stdout: None,

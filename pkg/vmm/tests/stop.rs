@@ -56,6 +56,7 @@ impl Fake {
                 helper: idle,
             },
             user: None,
+            mapped_users: false,
             console_bytes: 1024,
         };
         let launched = launch(config, after(5000)).await.unwrap();

@@ -89,6 +89,7 @@ async fn boot(programs: &Programs) -> Result<Guest> {
         vcpus: 1,
         network: None,
         share,
+        mapped_users: false,
         acceleration: probe_acceleration(policy, &programs.qemu).await?,
         cgroup: CgroupPlacement::none(),
         programs: podhull_vmm::Programs {

@@ -9,6 +9,7 @@ use podhull_types::ContainerId;
 use super::limits;
 use crate::cgroup::Cgroup;
 use crate::error::GuestError;
+use crate::pod;
 
 /// Adds to a spec what only the guest knows.
 pub(super) fn complete(
@@ -16,6 +17,7 @@ pub(super) fn complete(
     id: &ContainerId,
     rootfs: &str,
     pid_path: Option<PathBuf>,
+    in_user_namespace: bool,
 ) -> Result<(), GuestError> {
     let mut root = spec.root().clone().unwrap_or_default();
     root.set_path(rootfs.into());
@@ -35,12 +37,22 @@ pub(super) fn complete(
     // container sees its own limits at /sys/fs/cgroup, and nobody else's.
     let cgroup = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Cgroup);
     let own = [pid.build(), cgroup.build()];
+    let kinds = [
+        LinuxNamespaceType::User,
+        LinuxNamespaceType::Network,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Ipc,
+    ];
+    let pods = kinds.into_iter().zip(pod::KINDS).map(|(kind, name)| {
+        let namespace = LinuxNamespaceBuilder::default().typ(kind);
+        namespace.path(pod::path(name)).build()
+    });
     let linux = spec
         .linux_mut()
         .as_mut()
         .ok_or_else(|| invalid("no linux section".into()))?;
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    for namespace in own {
+    for namespace in own.into_iter().chain(pods.filter(|_| in_user_namespace)) {
         let namespace = namespace.map_err(|error| invalid(error.to_string()))?;
         namespaces.retain(|other| other.typ() != namespace.typ());
         namespaces.push(namespace);

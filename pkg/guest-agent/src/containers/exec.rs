@@ -70,6 +70,7 @@ impl Containers {
             process: spec,
             seccomp,
             console: console.as_ref().map(|console| console.path().to_owned()),
+            users: self.pod.users().map(Into::into),
         };
         let helper = Helper::start(&self.reaper, "exec", &task, streams)?;
         self.run_exec(process, helper, console, deadline())

@@ -6,14 +6,17 @@ use std::path::{Component, Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::Mount;
+use nix::sys::wait::{WaitStatus, waitpid};
+use oci_spec::runtime::{Mount, Process};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use serde::{Deserialize, Serialize};
 
 use super::executor::ReportingExecutor;
-use super::{floor, lookup};
+use super::{exec, floor, lookup};
 use crate::error::GuestError;
 use crate::helper::{Line, Report, receive};
+use crate::pod::{self, Mapping};
+use crate::sys;
 
 /// What the helper is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -28,6 +31,10 @@ pub struct Task {
     pub console: Option<PathBuf>,
     /// The process's working directory.
     pub cwd: WorkingDirectory,
+    /// The process, as the bundle has it.
+    pub process: Option<Process>,
+    /// What the pod's user namespace maps.
+    pub(crate) users: Option<Mapping>,
 }
 
 /// A container's working directory, to be made if it is absent (runc's
@@ -97,9 +104,39 @@ impl WorkingDirectory {
     }
 }
 
+/// The folder is to be the container's root's: of a pod with a user namespace, a
+/// process in that makes it.
+fn make_cwd(task: &Task, report: &Report) -> Result<(), GuestError> {
+    if task.users.is_none() {
+        return task.cwd.make();
+    }
+    let made = sys::fork(|| {
+        let entered = pod::enter("user").map_err(GuestError::file("enter", pod::path("user")));
+        match entered
+            .and_then(|()| pod::become_root())
+            .and_then(|()| task.cwd.make())
+        {
+            Ok(()) => 0,
+            Err(error) => {
+                report.send(&Line::Error(error.to_string()));
+                1
+            }
+        }
+    });
+    let pid = made.map_err(GuestError::system("fork"))?;
+    match waitpid(pid, None).map_err(GuestError::system("wait for a process"))? {
+        WaitStatus::Exited(_, 0) => Ok(()),
+        // It has told the reason.
+        other => Err(GuestError::Start(format!("mkdir of cwd: {other:?}"))),
+    }
+}
+
 fn create(task: &Task, report: &Report) -> Result<i32, GuestError> {
     floor::install()?;
-    task.cwd.make()?;
+    make_cwd(task, report)?;
+    if let (Some(users), Some(process)) = (task.users, &task.process) {
+        exec::prepare_outside(process, &users.users()?)?;
+    }
     let failed = |error: libcontainer::error::LibcontainerError| {
         let mut words = error.to_string();
         let mut cause = std::error::Error::source(&error);

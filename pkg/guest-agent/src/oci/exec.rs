@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -15,6 +15,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
 use oci_spec::runtime::{LinuxSeccomp, PosixRlimitType, Process};
+use podhull_types::UserNamespace;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::{floor, lookup};
 use crate::error::GuestError;
 use crate::helper::{Line, Report, receive};
+use crate::pod::{self, Mapping};
 use crate::stdio::console;
 use crate::sys;
 
@@ -38,6 +40,8 @@ pub struct Task {
     pub seccomp: Option<LinuxSeccomp>,
     /// Where the terminal's other end is to be sent.
     pub console: Option<PathBuf>,
+    /// What the pod's user namespace maps.
+    pub(crate) users: Option<Mapping>,
 }
 
 fn enter(task: &Task) -> Result<(), GuestError> {
@@ -47,10 +51,24 @@ fn enter(task: &Task) -> Result<(), GuestError> {
         .map_err(GuestError::system("open the container's process"))?;
     let procs = task.cgroup.join("cgroup.procs");
     fs::write(&procs, "0").map_err(GuestError::file("join cgroup", &procs))?;
+    if let Some(score) = task.process.oom_score_adj() {
+        let path = "/proc/self/oom_score_adj";
+        fs::write(path, score.to_string()).map_err(GuestError::file("write", path))?;
+    }
     floor::install()?;
-    let namespaces =
+    let mut namespaces =
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
+    if let Some(users) = task.users {
+        prepare_outside(&task.process, &users.users()?)?;
+        namespaces |= CloneFlags::CLONE_NEWUSER
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC;
+    }
     setns(&pidfd, namespaces).map_err(GuestError::system("enter the container's namespaces"))?;
+    if task.users.is_some() {
+        pod::become_root()?;
+    }
     // Entering a mount namespace leaves root and working directory in the old one
     // only by name: the kernel has set both to the new root.
     Ok(())
@@ -118,9 +136,38 @@ fn set_limits(process: &Process) -> Result<(), GuestError> {
         rustix::process::setrlimit(resource(limit.typ()), new)
             .map_err(GuestError::system("set a resource limit"))?;
     }
-    if let Some(score) = process.oom_score_adj() {
-        let path = "/proc/self/oom_score_adj";
-        fs::write(path, score.to_string()).map_err(GuestError::file("write", path))?;
+    Ok(())
+}
+
+/// Does what nobody may do any more in a pod's user namespace: raises the limits
+/// that the process is to have, and gives it the pipes that are its streams.
+pub(super) fn prepare_outside(process: &Process, users: &UserNamespace) -> Result<(), GuestError> {
+    for limit in process.rlimits().iter().flatten() {
+        let kind = resource(limit.typ());
+        let mut now = rustix::process::getrlimit(kind);
+        let hard = Some(limit.hard()).filter(|hard| *hard != u64::MAX);
+        // No limit is the highest.
+        now.maximum = now.maximum.zip(hard).map(|(now, hard)| now.max(hard));
+        rustix::process::setrlimit(kind, now)
+            .map_err(GuestError::system("raise a resource limit"))?;
+    }
+    let user = process.user();
+    let (uid, gid) = pod::outside(users, user.uid(), user.gid());
+    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+        let failed = GuestError::system("give away a stream");
+        let kind = match rustix::fs::fstat(stream) {
+            Ok(stat) => rustix::fs::FileType::from_raw_mode(stat.st_mode),
+            Err(errno) => return Err(failed(errno)),
+        };
+        // The guest's /dev/null stays its own.
+        if kind == rustix::fs::FileType::Fifo {
+            let (uid, gid) = (
+                rustix::fs::Uid::from_raw(uid),
+                rustix::fs::Gid::from_raw(gid),
+            );
+            rustix::fs::fchown(stream, Some(uid), Some(gid)).map_err(failed)?;
+        }
     }
     Ok(())
 }
@@ -128,7 +175,6 @@ fn set_limits(process: &Process) -> Result<(), GuestError> {
 /// Gives the standard streams to the user, as runc does, so that /dev/stdout can
 /// be opened.
 fn give_streams(user: Uid) -> Result<(), GuestError> {
-    use std::os::fd::AsFd;
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
         match rustix::fs::fchown(stream, Some(rustix::fs::Uid::from_raw(user.as_raw())), None) {

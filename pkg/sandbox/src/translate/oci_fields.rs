@@ -9,7 +9,7 @@ use crate::fields::reasons::{HUGE_PAGES, LSM, NOT_LINUX, PAGE_SIZE, SWAP};
 const HOOKS: &str = "OCI hooks run programs of the host, which a guest does not have";
 const HOST_DEVICES: &str = "a guest has no device of the host; for privileged pods set \
      privileged_without_host_devices in containerd's runtime handler";
-const IDS: &str = "user namespaces are not supported";
+const IDS: &str = "it is no field of the specification; a pod's user namespace is in `linux`";
 const IO: &str = "a pod's files come over virtio-fs: there is no block device to limit";
 const CGROUP_V1: &str = "a guest has cgroup v2 only, which has no such control";
 const IGNORED_V2: &str = "cgroup v2, which a guest has, knows no such limit, and runc passes it \
@@ -25,8 +25,8 @@ pub const OCI_FIELDS: &[Field] = &[
     ("mounts[].type", Honoured),
     ("mounts[].source", Honoured),
     ("mounts[].options", Honoured),
-    ("mounts[].uidMappings", Refused(IDS)),
-    ("mounts[].gidMappings", Refused(IDS)),
+    ("mounts[].uidMappings", Honoured),
+    ("mounts[].gidMappings", Honoured),
     ("process.terminal", Honoured),
     ("process.consoleSize", Honoured),
     ("process.user.uid", Honoured),
@@ -73,8 +73,8 @@ pub const OCI_FIELDS: &[Field] = &[
         "linux.netDevices",
         Refused("a guest has no network device of the host"),
     ),
-    ("linux.uidMappings", Refused(IDS)),
-    ("linux.gidMappings", Refused(IDS)),
+    ("linux.uidMappings", Honoured),
+    ("linux.gidMappings", Honoured),
     ("linux.sysctl", Honoured),
     ("linux.resources.devices", Honoured),
     ("linux.resources.memory.limit", Honoured),

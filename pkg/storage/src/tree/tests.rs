@@ -6,6 +6,7 @@ use std::time::Instant;
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::volume::MappedIds;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(5))
@@ -36,6 +37,7 @@ fn volume(source: &Path, read_only: bool) -> Volume {
         read_only,
         recursive_read_only: false,
         propagation: Propagation::Private,
+        ids: None,
     }
 }
 
@@ -74,7 +76,7 @@ fn a_tree_leaves_nothing_and_no_volume_is_touched() {
             .bind(&id, &volume(&precious.join("data"), true))
             .unwrap();
         assert!(fs::write(root.join(file.as_path()), "x").is_err());
-        let hosts = tree.write_file(&id, "hosts", b"127.0.0.1 x").unwrap();
+        let hosts = tree.write_file(&id, "hosts", b"127.0.0.1 x", None).unwrap();
         fs::write(root.join(hosts.as_path()), "127.0.0.1 x").unwrap();
         assert_eq!(
             fs::read(root.join(hosts.as_path())).unwrap(),
@@ -148,6 +150,133 @@ fn an_image_with_many_layers_is_mounted() {
         fs::write(path.join("new"), "x").unwrap();
         assert!(layers.join("upper/new").exists());
         assert!(tree.teardown(soon()).unwrap().is_clean());
+    });
+}
+
+/// The pod's IDs are 100,000 above those of files.
+fn users() -> UserNamespace {
+    let ids = podhull_types::IdMapping::new(0, 100_000, 65_536).unwrap();
+    UserNamespace {
+        uids: ids,
+        gids: ids,
+    }
+}
+
+/// A folder that is a tmpfs, on which every kernel with idmapped mounts of it can
+/// show other owners.
+fn tmpfs_folder(folder: &Path, name: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::create_dir(&path).unwrap();
+    let (kind, flags) = (Some("tmpfs"), nix::mount::MsFlags::empty());
+    nix::mount::mount(kind, &path, kind, flags, None::<&str>).unwrap();
+    path
+}
+
+fn owner(path: &Path) -> (u32, u32) {
+    use std::os::unix::fs::MetadataExt;
+    let meta = fs::metadata(path).unwrap();
+    (meta.uid(), meta.gid())
+}
+
+#[test]
+fn a_volume_shows_the_owners_of_a_user_namespace() {
+    in_own_mounts(|folder| {
+        let source = tmpfs_folder(folder, "volume");
+        let below = tmpfs_folder(&source, "below");
+        for file in [source.join("file"), below.join("file")] {
+            fs::write(&file, "x").unwrap();
+            chown(&file, Some(0), Some(5)).unwrap();
+        }
+        let root = folder.join("share");
+        let tree = SharedTree::create(&root).unwrap();
+        let id = ContainerId::new("c1").unwrap();
+        let bound = |recursive| {
+            let mapped = MappedIds {
+                users: users(),
+                recursive,
+            };
+            let volume = Volume {
+                ids: Some(mapped),
+                ..volume(&source, false)
+            };
+            root.join(tree.bind(&id, &volume).unwrap().as_path())
+        };
+        let (top, all) = (bound(false), bound(true));
+        for view in [&top, &all] {
+            assert_eq!(owner(&view.join("file")), (100_000, 100_005));
+        }
+        assert_eq!(owner(&top.join("below/file")), (0, 5));
+        assert_eq!(owner(&all.join("below/file")), (100_000, 100_005));
+        chown(top.join("file"), Some(100_007), Some(100_000)).unwrap();
+        assert_eq!(owner(&source.join("file")), (7, 0));
+        // Who is in no mapping has no files there.
+        assert!(fs::write(top.join("new"), "x").is_err());
+        let hosts = tree.write_file(&id, "hosts", b"x", Some(users())).unwrap();
+        assert_eq!(owner(&root.join(hosts.as_path())), (100_000, 100_000));
+        assert!(tree.teardown(soon()).unwrap().is_clean());
+    });
+}
+
+#[test]
+fn what_cannot_show_other_owners_is_named() {
+    in_own_mounts(|folder| {
+        let tree = SharedTree::create(&folder.join("share")).unwrap();
+        let id = ContainerId::new("c1").unwrap();
+        let proc = Volume {
+            ids: Some(MappedIds {
+                users: users(),
+                recursive: false,
+            }),
+            ..volume(Path::new("/proc"), false)
+        };
+        let error = tree.bind(&id, &proc).unwrap_err();
+        assert!(matches!(&error, StorageError::Owners { path, .. } if path == Path::new("/proc")));
+        assert!(error.is_of_the_request());
+        assert!(tree.teardown(soon()).unwrap().is_clean());
+    });
+}
+
+#[test]
+fn layers_of_an_image_show_the_owners_of_a_user_namespace() {
+    in_own_mounts(|folder| {
+        let snapshots = tmpfs_folder(folder, "snapshots");
+        for name in ["1/fs", "2/fs", "3/fs", "3/work"] {
+            fs::create_dir_all(snapshots.join(name)).unwrap();
+        }
+        fs::write(snapshots.join("1/fs/old"), "x").unwrap();
+        chown(snapshots.join("1/fs/old"), Some(0), Some(5)).unwrap();
+        let snapshots = snapshots.display();
+        let rootfs = |fstype: &str, options: Vec<String>| RootfsMount {
+            fstype: fstype.into(),
+            source: format!("{snapshots}/1/fs"),
+            options: [
+                vec!["uidmap=0:100000:9".into(), "gidmap=0:100000:9".into()],
+                options,
+            ]
+            .concat(),
+        };
+        let overlay = rootfs(
+            "overlay",
+            vec![
+                format!("workdir={snapshots}/3/work"),
+                format!("upperdir={snapshots}/3/fs"),
+                format!("lowerdir={snapshots}/2/fs:{snapshots}/1/fs"),
+            ],
+        );
+        let bind = rootfs("bind", vec!["ro".into(), "rbind".into()]);
+        let root = folder.join("share");
+        let tree = SharedTree::create(&root).unwrap();
+        for (name, entry) in [("c1", overlay), ("c2", bind)] {
+            let id = ContainerId::new(name).unwrap();
+            let path = root.join(tree.mount_rootfs(&id, &[entry]).unwrap().as_path());
+            assert_eq!(owner(&path.join("old")), (100_000, 100_005), "{name}");
+            assert_eq!(fs::write(path.join("new"), "x").is_ok(), name == "c1");
+        }
+        let other = rootfs("tmpfs", vec![]);
+        let error = tree.mount_rootfs(&ContainerId::new("c3").unwrap(), &[other]);
+        assert!(matches!(error, Err(StorageError::RootfsOwners(_))));
+        let report = tree.teardown(soon()).unwrap();
+        assert_eq!(report, RemoveReport::default());
     });
 }
 
@@ -260,7 +389,7 @@ fn a_volume_that_blocks_holds_no_other_container_up() {
             }
             let goes_on = noted().then(|| {
                 tree.mount_rootfs(&other, &[tmpfs()]).unwrap();
-                tree.write_file(&other, "hosts", b"x").unwrap();
+                tree.write_file(&other, "hosts", b"x", None).unwrap();
                 let removed = [&other, &stuck].map(|id| tree.remove_container(id, soon()));
                 (binding.is_finished(), removed.map(Result::unwrap))
             });

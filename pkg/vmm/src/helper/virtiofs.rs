@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use caps::{CapSet, Capability, CapsHashSet};
+use rustix::thread::{CapabilitiesSecureBits, set_capabilities_secure_bits};
 use serde::{Deserialize, Serialize};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
@@ -50,6 +51,7 @@ const CAPABILITIES: [Capability; 8] = [
 pub(crate) struct Task {
     pub(crate) cgroups: Vec<PathBuf>,
     pub(crate) folder: PathBuf,
+    pub(crate) mapped_users: bool,
 }
 
 pub(crate) fn run(task: Task) -> io::Result<()> {
@@ -87,6 +89,13 @@ pub(crate) fn run(task: Task) -> io::Result<()> {
     // Before the library starts its threads: both are per thread.
     enable_seccomp(SeccompAction::Kill, false)
         .map_err(|error| io::Error::other(format!("seccomp: {error}")))?;
+    if task.mapped_users {
+        // The library makes files as the user that the guest names, who then has no
+        // capability: a container's root could make none in another's folder. What
+        // a user may do, the guest's kernel has decided before.
+        set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+            .map_err(at("keep capabilities over a change of user"))?;
+    }
     keep_capabilities()?;
     let fs = PassthroughFs::new(config).map_err(at("open the shared tree"))?;
     let backend = VhostUserFsBackendBuilder::default()
