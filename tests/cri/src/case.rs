@@ -74,6 +74,10 @@ impl On {
     pub(crate) const PODHULL: Self = Self(4 | 8 | 16);
     /// Wherever pods are VMs and containerd asks for what 1.6 does not know.
     pub(crate) const PODHULL_24: Self = Self(8 | 16);
+    /// The same with runc.
+    pub(crate) const ALL_24: Self = Self(2 | 8 | 16);
+    /// Where containerd is 1.x.
+    pub(crate) const PAUSE_1: Self = Self(4);
     /// What does not depend on how containerd asks: runc, and podhull once
     /// for either way to make a sandbox.
     pub(crate) const ALL_TWICE: Self = Self(1 | 2 | 4 | 16);

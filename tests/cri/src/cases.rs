@@ -44,6 +44,7 @@ mod stream_load;
 mod streaming;
 mod task;
 mod upgrade;
+mod userns;
 mod view;
 mod vsock;
 mod vsock_id;
@@ -97,6 +98,7 @@ pub(crate) fn all() -> Vec<Case> {
         restart::cases(),
         node::cases(),
         shim::cases(),
+        userns::cases(),
         upgrade::cases(),
     ]
     .concat()

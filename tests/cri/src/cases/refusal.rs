@@ -5,9 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use podhull_testkit::containerd::FORGETFUL;
-use podhull_testkit::cri::api::{
-    Device, IdMapping, MountPropagation, NamespaceMode, UserNamespace,
-};
+use podhull_testkit::cri::api::{Device, MountPropagation, NamespaceMode};
 use podhull_testkit::cri::{ContainerBuilder, Pod};
 use podhull_testkit::oracle::assert_clean;
 
@@ -17,8 +15,6 @@ use crate::context::{Context, refusal};
 cases! {
     PODHULL:
         refusal_of_host_namespaces_names_them;
-    PODHULL_24:
-        refusal_of_user_namespaces_names_the_field;
     PODHULL_TWICE:
         refusal_of_a_host_device_names_it,
         refusal_of_the_hosts_devices_names_the_setting,
@@ -45,24 +41,6 @@ async fn refusal_of_host_namespaces_names_them(t: &Context) -> Result<()> {
         "a refused pod is listed"
     );
     Ok(())
-}
-
-async fn refusal_of_user_namespaces_names_the_field(t: &Context) -> Result<()> {
-    let mapping = IdMapping {
-        host_id: 100_000,
-        container_id: 0,
-        length: 65_536,
-    };
-    let pod = t.pod("pod").namespaces(|options| {
-        options.userns_options = Some(UserNamespace {
-            mode: NamespaceMode::Pod.into(),
-            uids: vec![mapping],
-            gids: vec![mapping],
-        });
-    });
-    let text = refusal(pod.run().await, "a pod with a user namespace")?;
-    contains!(&text, "hostUsers");
-    assert_clean(&*t.containerd().await, t.before(), Duration::from_secs(10)).await
 }
 
 /// A container is refused with these words, and its pod goes on.

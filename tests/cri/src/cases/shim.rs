@@ -88,7 +88,7 @@ fn features(features: &Value) -> Result<()> {
         ("/linux/seccomp/enabled", json!(true)),
         ("/linux/apparmor/enabled", json!(false)),
         ("/linux/selinux/enabled", json!(false)),
-        ("/linux/mountExtensions/idmap/enabled", json!(false)),
+        ("/linux/mountExtensions/idmap/enabled", json!(true)),
     ] {
         same!(
             features.pointer(pointer),
@@ -102,8 +102,9 @@ fn features(features: &Value) -> Result<()> {
         Ok(words.iter().filter_map(Value::as_str).collect())
     };
     let namespaces = list("/linux/namespaces")?;
-    ensure!(!namespaces.contains(&"user"), "{namespaces:?}");
-    ensure!(namespaces.contains(&"pid"), "{namespaces:?}");
+    for kind in ["pid", "user"] {
+        ensure!(namespaces.contains(&kind), "{namespaces:?}");
+    }
     let options = list("/mountOptions")?;
     for option in ["rbind", "ro", "rro", "rslave"] {
         ensure!(options.contains(&option), "no {option} among {options:?}");
@@ -129,7 +130,7 @@ async fn shim_info_is_understood_by_containerd(t: &Context) -> Result<()> {
     let handler = status.runtime_handlers.iter().find(ours);
     let features = handler.and_then(|handler| handler.features);
     let features = features.with_context(|| format!("{:?}", status.runtime_handlers))?;
-    same!(features.user_namespaces, false, "user namespaces");
+    same!(features.user_namespaces, true, "user namespaces");
     same!(
         features.recursive_read_only_mounts,
         true,
