@@ -103,16 +103,12 @@ pub(crate) fn check_fields(part: &impl Serialize, name: &str) -> Result<(), Sand
 fn refuse_namespaces(oci: &Spec) -> Result<(), SandboxError> {
     let linux = oci.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
-    for namespace in namespaces.into_iter().flatten() {
-        match namespace.typ() {
-            LinuxNamespaceType::Time => {
-                return Err(SandboxError::refused(
-                    "linux.namespaces[time]",
-                    "time namespaces are not supported",
-                ));
-            }
-            _ => {}
-        }
+    let mut namespaces = namespaces.into_iter().flatten();
+    if namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Time) {
+        return Err(SandboxError::refused(
+            "linux.namespaces[time]",
+            "time namespaces are not supported",
+        ));
     }
     Ok(())
 }

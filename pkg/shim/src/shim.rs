@@ -267,6 +267,7 @@ mod tests {
             hostname: String::new(),
             domainname: String::new(),
             netns: None,
+            users: None,
             cgroups_path: None,
             sysctls: std::collections::BTreeMap::new(),
             memory_limit_bytes: None,
