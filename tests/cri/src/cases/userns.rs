@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
+use podhull_testkit::Release;
 use podhull_testkit::cri::api::{
     IdMapping, Int64Value, NamespaceMode, NamespaceOption, UserNamespace,
 };
@@ -28,7 +29,7 @@ cases! {
         userns_root_is_not_the_machines,
         userns_exec_is_in_the_namespace,
         userns_containers_share_their_pods_namespaces;
-    // Debian's runc 1.1 cannot map a volume's owners, as these need or bring along.
+    // Debian's runc 1.1 cannot map owners of what is mounted.
     PODHULL_24:
         userns_volume_owners_are_the_same_inside_and_outside,
         userns_volume_that_cannot_show_owners_is_named,
@@ -69,6 +70,16 @@ fn pod(t: &Context, name: &str) -> PodBuilder {
     t.pod(name).namespaces(in_namespace)
 }
 
+/// A container to be without a mapped mount: containerd's own files are such.
+fn unmapped(t: &Context, pod: &Pod, name: &str) -> Result<ContainerBuilder> {
+    let mut builder = t.container(pod, name);
+    for file in ["hosts", "hostname", "resolv.conf"] {
+        let host = t.new_file(file, "127.0.0.1 localhost\n")?;
+        builder = builder.mount(&host, &format!("/etc/{file}"), true);
+    }
+    Ok(builder)
+}
+
 /// A volume whose owners are to be those of the pod, as the kubelet asks for it.
 fn volume(builder: ContainerBuilder, host: &str, container: &str) -> ContainerBuilder {
     builder.mount(host, container, false).edit(|config| {
@@ -87,8 +98,8 @@ async fn userns_ids_are_mapped_and_files_have_their_owners(t: &Context) -> Resul
         mkdir /made; chown 1000:1000 /made; echo text >/made/file; chown 7:8 /made/file; \
         echo x >/dev/shm/x; cat /made/file; stat -c '%u %g %n' /made /made/file /dev/shm/x; \
         echo through >/dev/stdout; cat /dev/null; head -c 1 /dev/zero | wc -c; \
-        chown 70000 /made/file 2>&1; grep CapEff /proc/self/status; ls /sys/fs/cgroup | head -1";
-    let text = text_of(t.container(&pod, "main"), script).await?;
+        chown 70000 /made/file 2>&1; grep CapEff /proc/self/status; ls /sys/fs/cgroup >/dev/null";
+    let text = text_of(unmapped(t, &pod, "main")?, script).await?;
     contains!(
         &text,
         "0 100000 65536\n 0 100000 65536\nuid=0",
@@ -102,7 +113,7 @@ async fn userns_ids_are_mapped_and_files_have_their_owners(t: &Context) -> Resul
         "Invalid argument",
         "00000000a80425fb"
     );
-    let user = t.container(&pod, "user").security(|security| {
+    let user = unmapped(t, &pod, "user")?.security(|security| {
         security.run_as_user = Some(Int64Value { value: 1000 });
         security.supplemental_groups = vec![5000];
     });
@@ -116,7 +127,7 @@ async fn userns_ids_are_mapped_and_files_have_their_owners(t: &Context) -> Resul
 /// Even with all capabilities that containerd knows.
 async fn userns_root_is_not_the_machines(t: &Context) -> Result<()> {
     let pod = pod(t, "pod").run().await?;
-    let builder = t.container(&pod, "main").security(|security| {
+    let builder = unmapped(t, &pod, "main")?.security(|security| {
         let capabilities = security.capabilities.get_or_insert_default();
         capabilities.add_capabilities = vec!["ALL".into()];
         security.readonly_paths.clear();
@@ -143,12 +154,12 @@ async fn userns_root_is_not_the_machines(t: &Context) -> Result<()> {
 
 async fn userns_exec_is_in_the_namespace(t: &Context) -> Result<()> {
     let pod = pod(t, "pod").run().await?;
-    let container = t.container(&pod, "main").idle().start().await?;
+    let container = unmapped(t, &pod, "main")?.idle().start().await?;
     container.wrote("up", WITHIN).await?;
     let script = "for kind in user net uts ipc mnt pid cgroup; do \
         [ \"$(readlink /proc/self/ns/$kind)\" = \"$(readlink /proc/1/ns/$kind)\" ] || echo $kind; \
         done; tr -s ' ' </proc/self/uid_map; id -u; hostname; grep CapEff /proc/self/status; \
-        echo err >&2; echo through >/dev/stdout; ulimit -n; cat /proc/self/oom_score_adj";
+        echo err >&2; echo through >/dev/stdout; cat /proc/self/oom_score_adj";
     let output = container.shell(script).await?.success()?;
     let text = output.text();
     crate::compare::see("exec", &text);
@@ -178,12 +189,11 @@ async fn userns_containers_share_their_pods_namespaces(t: &Context) -> Result<()
         pod.namespaces(|options| options.set_pid(NamespaceMode::Pod))
     };
     let pod = shared("pod").run().await?;
-    let one = t
-        .container(&pod, "one")
+    let one = unmapped(t, &pod, "one")?
         .shell("sleep 1111 & wait")
         .start()
         .await?;
-    let user = t.container(&pod, "two").shell("sleep 2222 & wait");
+    let user = unmapped(t, &pod, "two")?.shell("sleep 2222 & wait");
     let two = user
         .security(|security| security.run_as_user = Some(Int64Value { value: 1000 }))
         .start()
@@ -204,17 +214,20 @@ async fn userns_containers_share_their_pods_namespaces(t: &Context) -> Result<()
         "another's note"
     );
     // Root of the pod kills others of it; PID 1 of the pod stays.
-    one.shell("kill -9 1; kill -9 $(pidof sleep | tr ' ' '\\n' | head -1)")
-        .await?
-        .success()?;
+    let script = "kill -9 1; kill -9 $(ps -o pid,args | \
+        awk '$2 == \"sleep\" && $3 == \"2222\" { print $1 }')";
+    one.shell(script).await?.success()?;
+    two.exited(WITHIN).await?;
     let target = |options: &mut NamespaceOption| {
         options.set_pid(NamespaceMode::Target);
         options.target_id = one.id().into();
     };
-    let third = t.container(&pod, "three").security(|security| {
+    let third = unmapped(t, &pod, "three")?.security(|security| {
         target(security.namespace_options.get_or_insert_default());
     });
-    contains!(text_of(third, "ps -o args").await?, "ps -o args");
+    let third = third.idle().start().await?;
+    contains!(third.exec(["ps", "-o", "args"]).await?.text(), "sleep 1111");
+    same!(third.shell(own).await?.success()?.text(), namespaces);
     Ok(())
 }
 
@@ -423,7 +436,10 @@ async fn userns_that_cannot_be_is_refused_by_name(t: &Context) -> Result<()> {
             options.userns_options.get_or_insert_default().gids = mapping(1, HOST, SIZE);
         }),
     ];
-    for (words, change) in changes {
+    // containerd 2.1 crashes over a pod in the host's network that the shim makes.
+    let (release, by_shim) = (t.setup().release, t.setup().shim_is_sandboxer());
+    let first = usize::from(release == Release::V2_1 && by_shim);
+    for (words, change) in changes.into_iter().skip(first) {
         let result = pod(t, "pod").namespaces(change).run().await;
         let text = refusal(result, words[0])?;
         ensure!(words.iter().any(|words| text.contains(words)), "{text}");
