@@ -2,6 +2,8 @@
 //! podhull or containerd gets another version while pods run.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -17,6 +19,7 @@ use crate::runner::remove_everything;
 cases! {
     PODHULL:
         upgrade_of_podhull_leaves_pods_to_the_shims_they_have,
+        upgrade_of_podhull_while_pods_start_holds_none_up,
         upgrade_of_podhull_cleans_up_after_a_shim_of_before;
     RUNC_AND_PAUSE_1:
         upgrade_of_containerd_to_2_leaves_pods_running;
@@ -49,6 +52,43 @@ async fn upgrade_of_podhull_leaves_pods_to_the_shims_they_have(t: &Context) -> R
         pod.stop().await?;
         pod.remove().await?;
     }
+    Ok(())
+}
+
+/// A shim's helpers are the shim's own program, also when its file is gone.
+async fn upgrade_of_podhull_while_pods_start_holds_none_up(t: &Context) -> Result<()> {
+    let begin = Instant::now();
+    let first = t.pod("first").run().await?;
+    let whole = begin.elapsed();
+    first.remove().await?;
+    let mut of_before = 0;
+    for part in [0.1, 0.2, 0.3, 0.4, 0.6] {
+        let upgrade = async {
+            tokio::time::sleep(whole.mul_f64(part)).await;
+            t.containerd().await.replace_shim()
+        };
+        let (pod, upgraded) = tokio::join!(t.ready_pod(), upgrade);
+        upgraded?;
+        let pod = pod.with_context(|| format!("upgraded after {part} of {whole:?}"))?;
+        let processes = Processes::of(pod.id())?;
+        let shim = processes.pid(Role::Shim)?;
+        let program = |pid| fs::metadata(format!("/proc/{pid}/exe")).map(|file| file.ino());
+        let helper = processes.pid(Role::FileServer)?;
+        same!(
+            program(helper)?,
+            program(shim)?,
+            "the file server's program"
+        );
+        of_before += u32::from(is_of_before(shim)?);
+        let container = t.container(&pod, "main").idle().start().await?;
+        same!(container.shell("exit 3").await?.code, 3);
+        pod.stop().await?;
+        pod.remove().await?;
+    }
+    ensure!(
+        of_before > 1,
+        "{of_before} upgrades met a shim, in {whole:?}"
+    );
     Ok(())
 }
 
