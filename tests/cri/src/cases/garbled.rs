@@ -89,6 +89,8 @@ async fn garbled_specs_are_named_and_leave_nothing(t: &Context) -> Result<()> {
     let address = format!("unix://{}", run.join("shim.sock").display());
     let client = Client::connect(&address).await?;
     let tasks = TaskClient::new(client);
+    // With its first request a connection gets what it keeps.
+    garbled_processes(&tasks, container.id()).await?;
     let (held, files) = (Held::at_rest(shim).await?, names(&run)?);
     garbled_processes(&tasks, container.id()).await?;
     garbled_bundles(t, &tasks).await?;
