@@ -30,8 +30,8 @@ fn run() -> anyhow::Result<()> {
         Action::Version => answer(version().as_bytes()),
         Action::Info => answer(&info::info()?),
         Action::Start => {
-            let program = std::env::current_exe().context("find our own program")?;
-            answer(bootstrap::start(&args, &caller()?, &program)?.as_bytes())
+            let name = std::env::args_os().next().unwrap_or_default();
+            answer(bootstrap::start(&args, &caller()?, &name)?.as_bytes())
         }
         Action::Delete => {
             let bundle = match &args.bundle {

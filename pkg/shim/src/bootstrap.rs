@@ -11,10 +11,12 @@
 //!
 //! Both read `address` in each bundle when they come back, 1.x needs it.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ use podhull_sandbox::RunDir;
 use podhull_telemetry::log;
 use podhull_types::{SandboxId, chain};
 
+use crate::SELF;
 use crate::address;
 use crate::args::Args;
 use crate::bundle;
@@ -67,11 +70,12 @@ impl Caller {
 }
 
 /// Makes or finds the process that serves the pod of `args.id`; gives what
-/// containerd is to read on standard output. `program` is our own.
+/// containerd is to read on standard output. `name` is by which we were run, and
+/// will be what that process is listed as.
 ///
 /// # Errors
 /// What kept the process from serving; nothing of it stays.
-pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, ShimError> {
+pub fn start(args: &Args, caller: &Caller, name: &OsStr) -> Result<String, ShimError> {
     let called = called::now().map_err(ShimError::system("read the clock"))?;
     let config = Config::load(Path::new(podhull_config::PATH)).map_err(ShimError::from);
     let spec = bundle::read(&caller.bundle)?;
@@ -88,7 +92,8 @@ pub fn start(args: &Args, caller: &Caller, program: &Path) -> Result<String, Shi
         let serving = Serving {
             args,
             ttrpc_address,
-            program,
+            program: Path::new(SELF),
+            name,
             called: &called,
         };
         serve_new(&serving, &config, &run_dir)?;
@@ -154,6 +159,7 @@ struct Serving<'a> {
     args: &'a Args,
     ttrpc_address: &'a str,
     program: &'a Path,
+    name: &'a OsStr,
     /// See [`called`].
     called: &'a str,
 }
@@ -209,6 +215,7 @@ fn spawn(serving: &Serving, listener: UnixListener) -> Result<(), ShimError> {
     let (said, says) = io::pipe().map_err(ShimError::system("make a pipe"))?;
     let mut command = Command::new(program);
     command
+        .arg0(serving.name)
         .args(["-namespace", &args.namespace])
         .args(["-id", &args.id])
         .args(["-address", &args.address])
@@ -335,6 +342,7 @@ mod tests {
             args: &args(),
             ttrpc_address: "",
             program: Path::new("/bin/false"),
+            name: "false".as_ref(),
             called: "",
         };
         let served = serve_new(&serving, &config, run_dir);
@@ -411,6 +419,7 @@ mod tests {
                 args: &args(),
                 ttrpc_address: "",
                 program: &program,
+                name: program.as_ref(),
                 called: "",
             };
             ended.send(spawn(&serving, listener)).unwrap();

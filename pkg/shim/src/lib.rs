@@ -38,8 +38,8 @@ mod streaming;
 mod task_service;
 mod wire;
 
-/// What this process runs, for helpers of its own: itself, also once another
-/// version has taken its file's place.
+/// What this process runs, for those that it starts itself: itself, also once
+/// another version has taken its file's place.
 const SELF: &str = "/proc/self/exe";
 
 pub use args::{Action, Args};

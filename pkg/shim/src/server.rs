@@ -2,6 +2,7 @@
 //! `serve`: the process of one pod, from its start to its end.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -45,6 +46,8 @@ const LAST_STREAMS: Duration = Duration::from_secs(2);
 const HANG_UP: Duration = Duration::from_secs(2);
 /// Time for what may block in the kernel, once all else has ended.
 const BLOCKED: Duration = Duration::from_secs(1);
+/// By which `ps` and `pgrep` list it: the program's, as much as the kernel keeps.
+const NAME: &CStr = c"containerd-shim";
 /// The names of the Task service: the methods are the same.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -98,6 +101,8 @@ struct Prepared {
 }
 
 fn prepare(args: &Args) -> Result<(tokio::runtime::Runtime, Prepared), ShimError> {
+    // Otherwise it is that of the link by which it was run.
+    rustix::thread::set_name(NAME).map_err(ShimError::system("name the process"))?;
     let called = std::env::var(CALLED).ok();
     // Run by hand, it is called now.
     let started = called

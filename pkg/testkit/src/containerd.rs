@@ -409,7 +409,15 @@ impl Containerd {
     /// # Errors
     /// If it cannot be replaced.
     pub fn replace_shim(&self) -> Result<()> {
-        install_shim(&self.programs)
+        self.next_shim()?()
+    }
+
+    /// The same in two steps; the second, which is what this gives, takes no time.
+    ///
+    /// # Errors
+    /// If it cannot be copied.
+    pub fn next_shim(&self) -> Result<impl FnOnce() -> Result<()> + use<>> {
+        next_shim(&self.programs)
     }
 
     fn log_tail(&self) -> String {
@@ -417,17 +425,23 @@ impl Containerd {
     }
 }
 
-/// Puts the shim where containerd finds it by name: the opt plugin's `bin`. One
-/// that is there already may run: its file goes, and another comes.
+/// Puts the shim where containerd finds it by name: the opt plugin's `bin`.
 fn install_shim(programs: &Programs) -> Result<()> {
     let bin = Path::new(config::OPT).join("bin");
-    fs::create_dir_all(&bin).context("create containerd's opt folder")?;
+    fs::create_dir_all(bin).context("create containerd's opt folder")?;
     if programs.shim.exists() {
-        let new = bin.join(".new");
-        fs::copy(&programs.shim, &new).context("copy the shim")?;
-        fs::rename(new, bin.join("containerd-shim-podhull-v2")).context("place the shim")?;
+        next_shim(programs)?()?;
     }
     Ok(())
+}
+
+/// Copies the shim to beside its place. One that is there already may run: what this
+/// gives takes that file away, and puts the copy there, at once.
+fn next_shim(programs: &Programs) -> Result<impl FnOnce() -> Result<()> + use<>> {
+    let bin = Path::new(config::OPT).join("bin");
+    let new = bin.join(".new");
+    fs::copy(&programs.shim, &new).context("copy the shim")?;
+    Ok(move || fs::rename(new, bin.join("containerd-shim-podhull-v2")).context("place the shim"))
 }
 
 fn write(path: &str, text: &str) -> Result<()> {
