@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,6 +16,7 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::error::StorageError;
+use crate::mounts::shared_folder;
 use crate::sys;
 
 /// A user namespace that nobody is in, for each mapping that was asked for.
@@ -51,12 +52,7 @@ impl UserNamespaces {
             path: what.source.into(),
             source: errno.into(),
         })?;
-        let mapped = sys::map_ids(
-            std::os::fd::AsFd::as_fd(&copy),
-            std::os::fd::AsFd::as_fd(&*namespace),
-            what.read_only,
-            what.all,
-        );
+        let mapped = sys::map_ids(copy.as_fd(), namespace.as_fd(), what.read_only, what.all);
         mapped.map_err(|source| StorageError::Owners {
             path: what.source.into(),
             source,
@@ -129,14 +125,7 @@ pub(crate) fn layers(options: &[String]) -> Result<(PathBuf, Vec<String>), Stora
         .iter()
         .find_map(|option| option.strip_prefix("lowerdir="))
         .ok_or_else(|| failed("an overlay without lowerdir"))?;
-    let folder = lower
-        .split(':')
-        .map(|layer| Path::new(layer).parent().unwrap_or(Path::new("/")))
-        .map(Path::to_path_buf)
-        .reduce(|shared, path| {
-            let parts = shared.components().zip(path.components());
-            parts.take_while(|(a, b)| a == b).map(|(a, _)| a).collect()
-        })
+    let folder = shared_folder(lower.split(':'))
         .filter(|folder: &PathBuf| folder.is_absolute() && folder.parent().is_some())
         .ok_or_else(|| failed("the layers are in no folder together"))?;
     let relative: Option<Vec<&str>> = lower

@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use podhull_types::Deadline;
+use podhull_types::{Deadline, UserNamespace};
 
 use crate::error::StorageError;
 use crate::idmap::{self, Shown, UserNamespaces};
 use crate::volume::{Propagation, RootfsMount, Volume};
 
 const NONE: Option<&str> = None;
+/// The step of which most can fail.
+const ROOTFS: &str = "mount the root filesystem at";
 /// Pause between two tries to unmount: nothing tells when the last user is gone.
 const RETRY: Duration = Duration::from_millis(2);
 /// Most bytes of options that the kernel takes.
@@ -59,45 +61,12 @@ pub(crate) fn mount_rootfs(
     below: &Path,
     target: &Path,
 ) -> Result<(), StorageError> {
-    let failed =
-        |source: io::Error| StorageError::path("mount the root filesystem at", target)(source);
     let (users, options) = idmap::take_mapping(&entry.options)?;
-    let (mut flags, data) = split_options(&options);
-    let is_bind = entry.fstype == "bind" || flags.contains(MsFlags::MS_BIND);
-    match users {
-        None => {}
-        Some(users) if is_bind => {
-            let copy = namespaces.show(&Shown {
-                source: Path::new(&entry.source),
-                users,
-                recursive: flags.contains(MsFlags::MS_REC),
-                all: false,
-                read_only: flags.contains(MsFlags::MS_RDONLY),
-            })?;
-            return idmap::put(&copy, target).map_err(failed);
-        }
-        // An overlay itself shows whose its layers' files are.
-        Some(users) if entry.fstype == "overlay" => {
-            let (folder, options) = idmap::layers(&options)?;
-            let copy = namespaces.show(&Shown {
-                source: &folder,
-                users,
-                recursive: false,
-                all: false,
-                read_only: true,
-            })?;
-            idmap::put(&copy, below).map_err(failed)?;
-            let (flags, data) = split_options(&options);
-            let mounted = mount_in(below, entry, target, flags, &data);
-            // The overlay has copies of its own.
-            let detached = umount2(below, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);
-            return mounted.and(detached).map_err(|errno| failed(errno.into()));
-        }
-        Some(_) => {
-            let reason = format!("a {} cannot show other owners", entry.fstype);
-            return Err(StorageError::RootfsOwners(reason));
-        }
+    if let Some(users) = users {
+        return mount_mapped(entry, users, &options, namespaces, below, target);
     }
+    let (mut flags, data) = split_options(&options);
+    let is_bind = is_bind(entry, flags);
     if is_bind {
         flags |= MsFlags::MS_BIND;
     }
@@ -113,13 +82,60 @@ pub(crate) fn mount_rootfs(
             data.as_deref(),
         ),
     };
-    mounted.map_err(|errno| failed(errno.into()))?;
+    mounted.map_err(StorageError::path(ROOTFS, target))?;
     // The kernel ignores other flags while it binds.
     if is_bind && flags.contains(MsFlags::MS_RDONLY) {
         let again = flags | MsFlags::MS_REMOUNT;
-        mount(NONE, target, NONE, again, NONE).map_err(|errno| failed(errno.into()))?;
+        mount(NONE, target, NONE, again, NONE).map_err(StorageError::path(ROOTFS, target))?;
     }
     Ok(())
+}
+
+fn is_bind(entry: &RootfsMount, flags: MsFlags) -> bool {
+    entry.fstype == "bind" || flags.contains(MsFlags::MS_BIND)
+}
+
+/// The same with the owners of `users`. An overlay itself shows whose its layers'
+/// files are: those are mapped.
+fn mount_mapped(
+    entry: &RootfsMount,
+    users: UserNamespace,
+    options: &[String],
+    namespaces: &UserNamespaces,
+    below: &Path,
+    target: &Path,
+) -> Result<(), StorageError> {
+    let (flags, _) = split_options(options);
+    if is_bind(entry, flags) {
+        let copy = namespaces.show(&Shown {
+            source: Path::new(&entry.source),
+            users,
+            recursive: flags.contains(MsFlags::MS_REC),
+            all: false,
+            read_only: flags.contains(MsFlags::MS_RDONLY),
+        })?;
+        return idmap::put(&copy, target).map_err(StorageError::path(ROOTFS, target));
+    }
+    if entry.fstype != "overlay" {
+        let reason = format!("a {} cannot show other owners", entry.fstype);
+        return Err(StorageError::RootfsOwners(reason));
+    }
+    let (folder, options) = idmap::layers(options)?;
+    let copy = namespaces.show(&Shown {
+        source: &folder,
+        users,
+        recursive: false,
+        all: false,
+        read_only: true,
+    })?;
+    idmap::put(&copy, below).map_err(StorageError::path(ROOTFS, target))?;
+    let (flags, data) = split_options(&options);
+    let mounted = mount_in(below, entry, target, flags, &data);
+    // The overlay has copies of its own.
+    let detached = umount2(below, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);
+    mounted
+        .and(detached)
+        .map_err(StorageError::path(ROOTFS, target))
 }
 
 /// Mounts with options that are too long for the kernel, as those of an image
@@ -155,6 +171,17 @@ fn mount_in(
     })
 }
 
+/// The folder that all of `paths` are in, at whatever depth.
+pub(crate) fn shared_folder<'a>(paths: impl Iterator<Item = &'a str>) -> Option<PathBuf> {
+    paths
+        .map(|path| Path::new(path).parent().unwrap_or(Path::new("/")))
+        .map(Path::to_path_buf)
+        .reduce(|shared, path| {
+            let parts = shared.components().zip(path.components());
+            parts.take_while(|(a, b)| a == b).map(|(a, _)| a).collect()
+        })
+}
+
 /// The folder that all layers of an overlay are in, and the options with names
 /// relative to it; `None` if they share none or are still too long.
 fn shorten(data: &str) -> Option<(PathBuf, String)> {
@@ -168,17 +195,7 @@ fn shorten(data: &str) -> Option<(PathBuf, String)> {
         .filter(is_layers)
         .filter_map(|option| option.split_once('='))
         .flat_map(|(_, paths)| paths.split(':'));
-    let shared = paths
-        .map(|path| {
-            Path::new(path)
-                .parent()
-                .unwrap_or(Path::new("/"))
-                .to_path_buf()
-        })
-        .reduce(|shared, path| {
-            let parts = shared.components().zip(path.components());
-            parts.take_while(|(a, b)| a == b).map(|(a, _)| a).collect()
-        })?;
+    let shared = shared_folder(paths)?;
     let prefix = format!("{}/", shared.to_str()?.trim_end_matches('/'));
     let options: Vec<_> = data
         .split(',')
