@@ -2,8 +2,8 @@
 //! From containerd's OCI spec to one that is true inside the guest.
 //!
 //! The guest is the pod: its network, UTS and IPC namespaces are the guest's
-//! own, or owned by its user namespace, its cgroup tree is the agent's, and every path comes from the shared
-//! tree. What cannot be had there is refused by its field's name.
+//! own, or owned by its user namespace, its cgroup tree is the agent's, and every
+//! path comes from the shared tree. What cannot be had there is refused by its field's name.
 
 use std::path::{Path, PathBuf};
 

@@ -37,7 +37,6 @@ pub fn of_spec(oci: &Spec) -> Result<Option<UserNamespace>, SandboxError> {
 
 /// Refuses a container whose users are not those of its pod.
 pub(crate) fn check(oci: &Spec, pod: Option<UserNamespace>) -> Result<(), SandboxError> {
-    let shown = |ids: IdMapping| ids.to_string();
     match (of_spec(oci)?, pod) {
         (None, None) => Ok(()),
         (Some(own), Some(pod)) if own == pod => Ok(()),
@@ -47,7 +46,7 @@ pub(crate) fn check(oci: &Spec, pod: Option<UserNamespace>) -> Result<(), Sandbo
             } else {
                 ("linux.uidMappings", own.uids, pod.uids)
             };
-            let reason = format!("{} is not the pod's {}", shown(own), shown(pod));
+            let reason = format!("{own} is not the pod's {pod}");
             Err(SandboxError::refused(field, reason))
         }
         (Some(_), None) => Err(SandboxError::refused(
@@ -73,10 +72,10 @@ pub(crate) fn of_mount(mount: &Mount) -> Result<Option<MappedIds>, SandboxError>
         uids: ids(uids, &field("uidMappings"))?,
         gids: ids(gids, &field("gidMappings"))?,
     };
-    let options = mount.options().iter().flatten();
+    let mut options = mount.options().iter().flatten();
     Ok(Some(MappedIds {
         users,
-        recursive: options.into_iter().any(|option| option == "ridmap"),
+        recursive: options.any(|option| option == "ridmap"),
     }))
 }
 

@@ -229,6 +229,20 @@ mod tests {
         assert_eq!(said.sysctls["net.ipv4.ip_unprivileged_port_start"], "80");
     }
 
+    fn with_namespaces(options: NamespaceOption) -> Result<SandboxSpec, ShimError> {
+        let config = PodSandboxConfig {
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options),
+                    ..LinuxSandboxSecurityContext::default()
+                }),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        };
+        sandbox_spec("k8s.io", &id(), &config, "", Instant::now())
+    }
+
     #[test]
     fn the_hosts_namespaces_are_refused_by_name() {
         let node = i32::from(NamespaceMode::Node);
@@ -255,18 +269,7 @@ mod tests {
                 "hostIPC",
             ),
         ] {
-            let config = PodSandboxConfig {
-                linux: Some(LinuxPodSandboxConfig {
-                    security_context: Some(LinuxSandboxSecurityContext {
-                        namespace_options: Some(options),
-                        ..LinuxSandboxSecurityContext::default()
-                    }),
-                    ..LinuxPodSandboxConfig::default()
-                }),
-                ..PodSandboxConfig::default()
-            };
-            let made = sandbox_spec("k8s.io", &id(), &config, "", Instant::now());
-            let error = made.unwrap_err().to_string();
+            let error = with_namespaces(options).unwrap_err().to_string();
             assert!(error.starts_with(field), "{error}");
         }
     }
@@ -274,25 +277,14 @@ mod tests {
     #[test]
     fn a_user_namespace_is_one_mapping_of_each_kind() {
         let of = |uids: Vec<CriMapping>, gids| {
-            let options = NamespaceOption {
+            with_namespaces(NamespaceOption {
                 userns_options: Some(CriUserNamespace {
                     mode: NamespaceMode::Pod.into(),
                     uids,
                     gids,
                 }),
                 ..NamespaceOption::default()
-            };
-            let config = PodSandboxConfig {
-                linux: Some(LinuxPodSandboxConfig {
-                    security_context: Some(LinuxSandboxSecurityContext {
-                        namespace_options: Some(options),
-                        ..LinuxSandboxSecurityContext::default()
-                    }),
-                    ..LinuxPodSandboxConfig::default()
-                }),
-                ..PodSandboxConfig::default()
-            };
-            sandbox_spec("k8s.io", &id(), &config, "", Instant::now())
+            })
         };
         let ids = |container_id, host_id| CriMapping {
             host_id,

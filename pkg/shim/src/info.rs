@@ -19,10 +19,10 @@ fn features() -> Value {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap", "noatime",
-            "nodev", "nodiratime", "noexec", "norelatime", "nosuid", "private", "rbind",
-            "relatime", "ridmap", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid",
-            "sync",
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap",
+            "noatime", "nodev", "nodiratime", "noexec", "norelatime", "nosuid", "private",
+            "rbind", "relatime", "ridmap", "ro", "rprivate", "rro", "rslave", "rw", "slave",
+            "strictatime", "suid", "sync",
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
