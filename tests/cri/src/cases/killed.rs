@@ -126,21 +126,35 @@ async fn removed(pod: &Pod) -> Result<()> {
     }
 }
 
+/// Kills at each of `moments` of a call that takes `whole` undisturbed; `kill` gives
+/// whether it met the call. Then a pod runs as ever.
+async fn killed_at(
+    t: &Context,
+    moments: [f64; 4],
+    whole: Duration,
+    kill: impl AsyncFn(Duration) -> Result<bool>,
+) -> Result<()> {
+    let mut hit = 0;
+    for part in moments {
+        let moment = whole.mul_f64(part);
+        let met = kill(moment).await;
+        hit += u32::from(met.with_context(|| format!("killed after {moment:?}"))?);
+    }
+    ensure!(hit > 1, "{hit} kills met a call that takes {whole:?}");
+    let (_pod, container) = t.idle().await?;
+    container.exec(["true"]).await?.success().map(drop)
+}
+
 async fn killed_during(t: &Context, call: Call) -> Result<()> {
     let (pod, container) = call.prepared(t).await?;
     let begin = Instant::now();
     call.make(&pod, &container).await?;
     let whole = begin.elapsed();
     pod.remove().await?;
-    let mut hit = 0;
-    for part in call.moments() {
-        let moment = whole.mul_f64(part);
-        let met = killed_after(t, call, moment).await;
-        hit += u32::from(met.with_context(|| format!("{call:?}, killed after {moment:?}"))?);
-    }
-    ensure!(hit > 1, "{hit} kills met a call that takes {whole:?}");
-    let (_pod, container) = t.idle().await?;
-    container.exec(["true"]).await?.success().map(drop)
+    killed_at(t, call.moments(), whole, async |moment| {
+        killed_after(t, call, moment).await
+    })
+    .await
 }
 
 /// True if the pod did not come to be.
@@ -178,15 +192,10 @@ async fn killed_shim_in_run_pod_leaves_nothing(t: &Context) -> Result<()> {
     let pod = t.ready_pod().await?;
     let whole = begin.elapsed();
     pod.remove().await?;
-    let mut hit = 0;
-    for part in MOMENTS {
-        let moment = whole.mul_f64(part);
-        let met = killed_while_it_boots(t, moment).await;
-        hit += u32::from(met.with_context(|| format!("killed after {moment:?}"))?);
-    }
-    ensure!(hit > 1, "{hit} kills met a start that takes {whole:?}");
-    let (_pod, container) = t.idle().await?;
-    container.exec(["true"]).await?.success().map(drop)
+    killed_at(t, MOMENTS, whole, async |moment| {
+        killed_while_it_boots(t, moment).await
+    })
+    .await
 }
 
 async fn killed_shim_in_stop_pod_leaves_nothing(t: &Context) -> Result<()> {

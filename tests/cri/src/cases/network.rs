@@ -47,7 +47,7 @@ async fn server(t: &Context, name: &str, text: &str) -> Result<(Pod, Container)>
 }
 
 /// What a web server answers; it is waited for.
-async fn get(address: &str, port: u16) -> Result<String> {
+pub(super) async fn get(address: &str, port: u16) -> Result<String> {
     let mut last = None;
     for _ in 0..100 {
         match try_get(address, port).await {

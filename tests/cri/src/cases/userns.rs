@@ -14,9 +14,8 @@ use podhull_testkit::cri::api::{
 };
 use podhull_testkit::cri::{ContainerBuilder, Pod, PodBuilder};
 use podhull_testkit::oracle::assert_clean;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 
+use super::network::get;
 use super::restart::restart;
 use crate::case::{cases, contains, same};
 use crate::context::{Context, refusal, text_of};
@@ -342,21 +341,7 @@ async fn userns_network_is_the_pods(t: &Context) -> Result<()> {
     );
     same!(links.matches("LOOPBACK,UP").count(), 1, "{links}");
     for address in [&v4, &v6] {
-        let mut last = None;
-        for _ in 0..100 {
-            match get(address).await {
-                Ok(text) => {
-                    contains!(&text, "served");
-                    last = None;
-                    break;
-                }
-                Err(error) => last = Some(error),
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        if let Some(error) = last {
-            return Err(error.context(format!("port 80 of {address}")));
-        }
+        same!(get(address, 80).await?, "served");
     }
     // The group that may ping is one of the namespace's.
     let script = "wget -qO- http://127.0.0.1; \
@@ -368,18 +353,6 @@ async fn userns_network_is_the_pods(t: &Context) -> Result<()> {
     let text = text_of(root, &format!("ping -c 1 -W 5 {gateway}")).await?;
     contains!(&text, "1 packets received");
     Ok(())
-}
-
-async fn get(address: &str) -> Result<String> {
-    let connect = TcpStream::connect((address, 80));
-    let mut stream = tokio::time::timeout(Duration::from_secs(5), connect).await??;
-    stream
-        .write_all(b"GET /index.html HTTP/1.0\r\n\r\n")
-        .await?;
-    let mut text = String::new();
-    let read = stream.read_to_string(&mut text);
-    tokio::time::timeout(Duration::from_secs(5), read).await??;
-    Ok(text)
 }
 
 async fn userns_ports_are_forwarded(t: &Context) -> Result<()> {
