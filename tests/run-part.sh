@@ -49,7 +49,7 @@ miri() {
   fi
   PROPTEST_CASES=8 MIRIFLAGS=-Zmiri-disable-isolation \
     cargo +nightly miri test --quiet --locked -p podhull-transport --lib -- \
-    session::frame_tests session::buffer session::state_tests session::stream_tests
+    session::frame_tests session::buffer session::state_tests session::stream_tests session::peer_tests
 }
 
 # Each in a shell of its own, which ends at what fails first.

@@ -17,6 +17,8 @@ mod frame_tests;
 mod handle;
 mod locked;
 mod open;
+#[cfg(test)]
+mod peer_tests;
 mod relay;
 pub(crate) mod state;
 #[cfg(test)]
