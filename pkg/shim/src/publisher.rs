@@ -170,18 +170,29 @@ mod tests {
     use containerd_shim_protos::events::task::TaskStart;
     use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
     use containerd_shim_protos::shim_async::{Events, create_events};
+    use tokio::io::AsyncReadExt as _;
     use ttrpc::r#async::{Server, TtrpcContext};
 
     use super::*;
 
     #[derive(Default)]
-    struct Containerd(Mutex<Vec<String>>);
+    struct Containerd {
+        taken: Mutex<Vec<String>>,
+        /// The container whose events it does not take.
+        refuses: Option<&'static str>,
+        refused: Mutex<usize>,
+    }
 
     #[async_trait]
     impl Events for Containerd {
         async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
             let event = TaskStart::parse_from_bytes(&request.envelope.event.value).unwrap();
-            self.0.lock().unwrap().push(event.container_id);
+            if self.refuses == Some(&event.container_id) {
+                *self.refused.lock().unwrap() += 1;
+                let status = ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, "no such event");
+                return Err(ttrpc::Error::RpcStatus(status));
+            }
+            self.taken.lock().unwrap().push(event.container_id);
             Ok(Empty::default())
         }
     }
@@ -202,17 +213,68 @@ mod tests {
         publish(&publisher, "a");
         publish(&publisher, "b");
         let containerd = Arc::new(Containerd::default());
-        let service: Arc<dyn Events + Send + Sync> = Arc::clone(&containerd) as _;
-        let mut server = Server::new()
-            .bind(&address)
-            .unwrap()
-            .register_service(create_events(service));
+        let mut server = serve(&address, &containerd);
         server.start().await.unwrap();
         publish(&publisher, "c");
         publisher
             .finish(Deadline::after(Duration::from_secs(10)))
             .await;
-        assert_eq!(*containerd.0.lock().unwrap(), ["a", "b", "c"]);
+        assert_eq!(*containerd.taken.lock().unwrap(), ["a", "b", "c"]);
+        server.shutdown().await.unwrap();
+    }
+
+    fn serve(address: &str, containerd: &Arc<Containerd>) -> Server {
+        let service: Arc<dyn Events + Send + Sync> = Arc::clone(containerd) as _;
+        let server = Server::new().bind(address).unwrap();
+        server.register_service(create_events(service))
+    }
+
+    /// containerd may have taken it, and said so to nobody: it is sent again, and what
+    /// follows it waits.
+    #[tokio::test]
+    async fn an_event_whose_answer_is_lost_is_sent_again_in_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("events");
+        let address = format!("unix://{}", socket.display());
+        let dying = tokio::net::UnixListener::bind(&socket).unwrap();
+        let publisher = Publisher::start("k8s.io", &address);
+        publish(&publisher, "a");
+        publish(&publisher, "b");
+        let (mut connection, _) = dying.accept().await.unwrap();
+        let mut taken = [0; 64];
+        connection.read_exact(&mut taken).await.unwrap();
+        drop((connection, dying));
+        std::fs::remove_file(&socket).unwrap();
+        let containerd = Arc::new(Containerd::default());
+        let mut server = serve(&address, &containerd);
+        server.start().await.unwrap();
+        publisher
+            .finish(Deadline::after(Duration::from_secs(10)))
+            .await;
+        assert_eq!(*containerd.taken.lock().unwrap(), ["a", "b"]);
+        server.shutdown().await.unwrap();
+    }
+
+    /// One that containerd will never take must not hold up the others.
+    #[tokio::test]
+    async fn an_event_that_is_refused_again_and_again_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("unix://{}/events", folder.path().display());
+        let containerd = Arc::new(Containerd {
+            refuses: Some("bad"),
+            ..Containerd::default()
+        });
+        let mut server = serve(&address, &containerd);
+        server.start().await.unwrap();
+        let publisher = Publisher::start("k8s.io", &address);
+        for id in ["a", "bad", "b"] {
+            publish(&publisher, id);
+        }
+        publisher
+            .finish(Deadline::after(Duration::from_secs(30)))
+            .await;
+        assert_eq!(*containerd.taken.lock().unwrap(), ["a", "b"]);
+        assert_eq!(*containerd.refused.lock().unwrap(), REFUSALS);
         server.shutdown().await.unwrap();
     }
 
