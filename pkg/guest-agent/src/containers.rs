@@ -2,6 +2,7 @@
 //! The containers of the pod and their processes.
 
 mod complete;
+mod devices;
 mod exec;
 mod limits;
 mod shared;
@@ -199,6 +200,9 @@ impl Containers {
             // Sent before the helper's process waits for its start.
             let master = console.receive(by.at_most(console::ARRIVED)).await?;
             let (ends, terminal) = Ends::terminal(master)?;
+            if let Some(size) = process_of.and_then(|process| process.console_size()) {
+                terminal.resize(size.width(), size.height())?;
+            }
             process.set_terminal(ends, terminal);
         }
         process.set_pid(pid);
@@ -391,7 +395,7 @@ impl Containers {
     /// [`GuestError::NoProcess`].
     pub fn resize(&self, id: &ProcessRef, columns: u32, rows: u32) -> Result<(), GuestError> {
         match self.process(id)?.terminal() {
-            Some(terminal) => terminal.resize(columns, rows),
+            Some(terminal) => terminal.resize(columns.into(), rows.into()),
             None => Ok(()),
         }
     }

@@ -4,7 +4,7 @@
 pub(crate) mod console;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -39,16 +39,21 @@ pub(crate) struct Ends {
 pub(crate) struct Terminal(OwnedFd);
 
 impl Terminal {
-    pub(crate) fn resize(&self, columns: u32, rows: u32) -> Result<(), GuestError> {
-        let clamp = |value| u16::try_from(value).unwrap_or(u16::MAX);
-        let size = Winsize {
-            ws_row: clamp(rows),
-            ws_col: clamp(columns),
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        tcsetwinsize(&self.0, size).map_err(GuestError::system("resize the terminal"))
+    pub(crate) fn resize(&self, columns: u64, rows: u64) -> Result<(), GuestError> {
+        resize(&self.0, columns, rows)
     }
+}
+
+/// Gives a terminal its size in characters.
+pub(crate) fn resize(terminal: impl AsFd, columns: u64, rows: u64) -> Result<(), GuestError> {
+    let clamp = |value| u16::try_from(value).unwrap_or(u16::MAX);
+    let size = Winsize {
+        ws_row: clamp(rows),
+        ws_col: clamp(columns),
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(terminal, size).map_err(GuestError::system("resize the terminal"))
 }
 
 impl Ends {

@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 use podhull_api::agent;
 use podhull_storage::{GuestPath, Propagation, SharedTree, StorageError, Volume};
 use podhull_types::{ContainerId, SandboxId, chain};
@@ -69,6 +69,7 @@ pub(crate) fn translate(
     check_fields(&oci, "")?;
     let pid_namespace = pid_namespace(&oci, targets)?;
     strip_host(&mut oci);
+    open_devices(&mut oci);
     let rootfs = in_share(&tree.mount_rootfs(&container.id, &container.rootfs)?);
     let mut mounts = oci.mounts().clone().unwrap_or_default();
     let missing = missing_files(&sandbox.files, &mounts);
@@ -234,6 +235,28 @@ fn strip_host(oci: &mut Spec) {
     if let Some(process) = oci.process_mut() {
         process.set_apparmor_profile(None);
         process.set_selinux_label(None);
+    }
+}
+
+/// Lets a privileged container use every device: the guest has nodes of its own for
+/// such a one. CRI's word for it does not reach a runtime, but only then does
+/// containerd leave /sys writable (`WithPrivileged` of its pkg/oci).
+fn open_devices(oci: &mut Spec) {
+    let writable = |mount: &Mount| {
+        let options = mount.options().iter().flatten();
+        mount.typ().as_deref() == Some("sysfs") && !options.into_iter().any(|it| it == "ro")
+    };
+    if !oci.mounts().iter().flatten().any(writable) {
+        return;
+    }
+    if let Some(linux) = oci.linux_mut() {
+        let mut resources = linux.resources().clone().unwrap_or_default();
+        let mut all = LinuxDeviceCgroup::default();
+        all.set_allow(true)
+            .set_typ(Some(LinuxDeviceType::A))
+            .set_access(Some("rwm".into()));
+        resources.set_devices(Some(vec![all]));
+        linux.set_resources(Some(resources));
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use podhull_types::ContainerId;
 
-use super::limits;
+use super::{devices, limits};
 use crate::cgroup::Cgroup;
 use crate::error::GuestError;
 use crate::pod;
@@ -59,5 +59,5 @@ pub(super) fn complete(
     }
     linux.set_namespaces(Some(namespaces));
     linux.set_cgroups_path(Some(Cgroup::oci_path(id).into()));
-    Ok(())
+    devices::complete(linux)
 }

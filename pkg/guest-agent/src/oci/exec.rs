@@ -17,14 +17,13 @@ use nix::unistd::{Gid, Pid, Uid};
 use oci_spec::runtime::{LinuxSeccomp, PosixRlimitType, Process};
 use podhull_types::UserNamespace;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
 use serde::{Deserialize, Serialize};
 
 use super::{floor, lookup};
 use crate::error::GuestError;
 use crate::helper::{Line, Report, receive};
 use crate::pod::{self, Mapping};
-use crate::stdio::console;
+use crate::stdio::{self, console};
 use crate::sys;
 
 /// What the helper is to do.
@@ -81,14 +80,7 @@ fn open_terminal(task: &Task, socket: &UnixStream) -> Result<(), GuestError> {
     unlockpt(&master).map_err(GuestError::system("unlock the terminal"))?;
     let name = ptsname(&master, Vec::new()).map_err(GuestError::system("name the terminal"))?;
     if let Some(size) = task.process.console_size() {
-        let clamp = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
-        let size = Winsize {
-            ws_row: clamp(size.height()),
-            ws_col: clamp(size.width()),
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        tcsetwinsize(&master, size).map_err(GuestError::system("size the terminal"))?;
+        stdio::resize(&master, size.width(), size.height())?;
     }
     let path = PathBuf::from(name.to_string_lossy().into_owned());
     let slave: OwnedFd = fs::OpenOptions::new()

@@ -135,7 +135,10 @@ pub const OCI_FIELDS: &[Field] = &[
         "linux.intelRdt",
         Refused("a guest does not see the CPU's caches as the host does"),
     ),
-    ("linux.memoryPolicy", Honoured),
+    (
+        "linux.memoryPolicy",
+        Refused("a guest's memory is one node, of which there is nothing to choose"),
+    ),
     ("linux.personality.domain", Honoured),
     (
         "linux.personality.flags",

@@ -70,6 +70,24 @@ fn what_is_the_hosts_is_stripped() {
 }
 
 #[test]
+fn only_a_privileged_container_may_use_every_device() {
+    let of = |options: &[&str]| {
+        let mut oci = spec(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "mounts": [{ "type": "sysfs", "destination": "/sys", "options": options }],
+            "linux": { "resources": { "devices": [{ "allow": false, "access": "rwm" }] } },
+        }));
+        open_devices(&mut oci);
+        let resources = oci.linux().as_ref().unwrap().resources().clone().unwrap();
+        let rules = resources.devices().clone().unwrap();
+        assert_eq!(rules.len(), 1);
+        rules[0].allow()
+    };
+    assert!(of(&["nosuid", "noexec", "nodev", "rw"]));
+    assert!(!of(&["nosuid", "noexec", "nodev", "ro"]));
+}
+
+#[test]
 fn swap_that_a_guest_does_not_have_is_not_limited() {
     let memory = serde_json::json!({ "limit": 1000, "swap": 1000 });
     let mut oci = spec(serde_json::json!({

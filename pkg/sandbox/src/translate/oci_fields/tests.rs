@@ -104,6 +104,10 @@ fn asked() -> Vec<(&'static str, Value)> {
             linux("intelRdt", json!({ "closID": "x" })),
         ),
         (
+            "linux.memoryPolicy",
+            linux("memoryPolicy", json!({ "mode": "MPOL_BIND", "nodes": "0" })),
+        ),
+        (
             "linux.personality.flags",
             linux("personality", json!({ "flags": ["x"] })),
         ),
