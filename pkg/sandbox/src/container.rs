@@ -42,7 +42,10 @@ impl Sandbox {
         let tree = self.tree().await?;
         let process = self.enter(&id, self.pids.next(), spec.stdio.clone(), false)?;
         match self.make(&process, &spec, &tree).await {
-            Ok(()) => Ok(process.pid),
+            Ok(()) => {
+                process.made();
+                Ok(process.pid)
+            }
             Err(error) => {
                 self.give_up(&process);
                 remove_tree(tree, &spec.id, Deadline::after(UNMOUNT)).await;

@@ -61,8 +61,9 @@ impl Sandbox {
         }
         let process = self.enter(&id, self.pids.next(), stdio, false)?;
         let prepared = self.prepare_exec(&process, &spec).await;
-        if prepared.is_err() {
-            self.give_up(&process);
+        match prepared {
+            Ok(()) => process.made(),
+            Err(_) => self.give_up(&process),
         }
         prepared
     }
@@ -162,7 +163,7 @@ impl Sandbox {
         announce: impl FnOnce(u32),
     ) -> Result<u32, SandboxError> {
         self.check_usable()?;
-        let process = self.process(id)?;
+        let process = self.made_process(id).await?;
         process.expect(&[Status::Created], "created")?;
         if !process.pause {
             let request = agent::StartRequest {
@@ -192,7 +193,7 @@ impl Sandbox {
         signal: u32,
         all: bool,
     ) -> Result<(), SandboxError> {
-        let process = self.process(id)?;
+        let process = self.made_process(id).await?;
         if process.state().status == Status::Stopped {
             return Err(SandboxError::Finished(id.clone()));
         }

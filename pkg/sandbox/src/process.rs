@@ -19,6 +19,8 @@ const OOM_PAUSE: Duration = Duration::from_secs(1);
 struct Life {
     status: Status,
     exit: Option<ExitStatus>,
+    /// The guest has made it.
+    made: bool,
     /// Its start was announced to containerd, so its exit may be, too.
     announced: bool,
     reported: bool,
@@ -72,6 +74,7 @@ impl Process {
         let life = Life {
             status: Status::Created,
             exit: None,
+            made: pause,
             announced: false,
             reported: false,
         };
@@ -118,6 +121,18 @@ impl Process {
         })
     }
 
+    /// Notes that it can be asked for.
+    pub(crate) fn made(&self) {
+        self.life.send_modify(|life| life.made = true);
+    }
+
+    /// Waits until it has been made, or given up.
+    pub(crate) async fn until_made(&self) {
+        let mut life = self.life.subscribe();
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = life.wait_for(|life| life.made || life.exit.is_some()).await;
+    }
+
     /// Notes that it runs, lets `announce` tell containerd, and only then lets
     /// its exit be told, which may have come already.
     pub(crate) fn started(&self, announce: impl FnOnce(u32)) {
@@ -126,6 +141,7 @@ impl Process {
                 life.status = Status::Running;
             }
             announce(self.pid);
+            life.made = true;
             life.announced = true;
             self.report_exit(life);
         });

@@ -239,6 +239,14 @@ impl Sandbox {
             .ok_or_else(|| SandboxError::NoProcess(id.clone()))
     }
 
+    /// The same once it has been made. What is asked of one that is being made, as by a
+    /// containerd that was killed and is back, would pass it by; runc's shim holds its
+    /// lock meanwhile.
+    pub(crate) async fn made_process(&self, id: &ProcessRef) -> Result<Arc<Process>, SandboxError> {
+        self.process(id)?.until_made().await;
+        self.process(id)
+    }
+
     pub(crate) fn all_processes(&self) -> Vec<Arc<Process>> {
         self.table().values().cloned().collect()
     }
@@ -312,8 +320,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`SandboxError::NoProcess`].
-    pub fn state(&self, process: &ProcessRef) -> Result<ProcessState, SandboxError> {
-        self.process(process).map(|process| process.state())
+    pub async fn state(&self, process: &ProcessRef) -> Result<ProcessState, SandboxError> {
+        let process = self.made_process(process).await?;
+        Ok(process.state())
     }
 
     /// Waits for a process's end. Cancel safe.
@@ -421,7 +430,7 @@ impl Sandbox {
         id: &ProcessRef,
         by: Deadline,
     ) -> Result<Deleted, SandboxError> {
-        let process = self.process(id)?;
+        let process = self.made_process(id).await?;
         process.expect(&[Status::Created, Status::Stopped], "created or stopped")?;
         if !process.claim() {
             return Err(SandboxError::NoProcess(id.clone()));
@@ -440,3 +449,6 @@ impl Sandbox {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

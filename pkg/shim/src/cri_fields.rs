@@ -171,7 +171,8 @@ mod tests {
             "# Fields\n\n\
              Every field of a request and what becomes of it, made from the tables that podhull itself uses, by\n\
              `make compatibility`. What is refused fails the request, by the field's name and with its value. A field\n\
-             that is null, false, zero or empty asks for nothing.\n\n\
+             that is null, false, zero or empty asks for nothing. A field that is not here is newer than podhull: it is\n\
+             passed over, as runc does it, and a warning in the shim's log names it.\n\n\
              ## OCI specification of a container\n\n{}\n\
              ## CRI: `PodSandboxConfig`\n\n{}\n\
              ## CRI: `LinuxContainerConfig`\n\n\

@@ -156,7 +156,7 @@ impl SandboxApi for SandboxService {
         _: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
-        reply(self.boot(&request.sandbox_id).await)
+        reply(self.0.asked_for(self.boot(&request.sandbox_id)).await)
     }
 
     async fn platform(

@@ -182,6 +182,16 @@ impl Shim {
         .await
     }
 
+    /// Waits for `making`, which makes the sandbox. If whoever asked for it goes away
+    /// first, as a containerd that is killed, the process ends: the next containerd has
+    /// no record of the sandbox and would never ask for its end.
+    pub(crate) async fn asked_for<T>(&self, making: impl Future<Output = T>) -> T {
+        let nobody_waits = self.ending.clone().drop_guard();
+        let made = making.await;
+        nobody_waits.disarm();
+        made
+    }
+
     /// Releases everything, also what a boot that is under way has made; for
     /// the end of the process.
     pub(crate) async fn release(&self, by: Deadline) {
@@ -253,6 +263,7 @@ fn forward(shim: &Arc<Shim>) -> EventSink {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
     use std::time::Duration;
 
     use podhull_sandbox::PodFiles;
@@ -276,6 +287,22 @@ mod tests {
             files: PodFiles::default(),
             started: Instant::now(),
         }
+    }
+
+    #[tokio::test]
+    async fn a_shim_whose_sandbox_nobody_waits_for_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let shim = shim(folder.path());
+        shim.asked_for(std::future::ready(())).await;
+        assert!(!shim.ending.is_cancelled(), "it was answered");
+        let asked = shim.asked_for(std::future::pending::<()>());
+        drop(Box::pin(asked));
+        assert!(!shim.ending.is_cancelled(), "it was not asked for yet");
+        let mut asked = Box::pin(shim.asked_for(std::future::pending::<()>()));
+        let polled = std::future::poll_fn(|cx| Poll::Ready(asked.as_mut().poll(cx)));
+        assert!(polled.await.is_pending());
+        drop(asked);
+        assert!(shim.ending.is_cancelled());
     }
 
     #[tokio::test]

@@ -191,7 +191,7 @@ impl TaskService {
 
     async fn state_of(&self, request: &StateRequest) -> Result<StateResponse, ShimError> {
         let id = process(&request.id, &request.exec_id)?;
-        let state = self.0.sandbox()?.state(&id)?;
+        let state = self.0.sandbox()?.state(&id).await?;
         if matches!(state.status, Status::Stopped) {
             self.0.streams.read(&id).await;
         }
@@ -301,15 +301,15 @@ impl Shim {
     }
 
     /// The PID reported for `id`; 0 if nothing is known of it.
-    fn task_pid(&self, id: &str) -> u32 {
-        let known = || -> Result<u32, ShimError> {
+    async fn task_pid(&self, id: &str) -> u32 {
+        let known = async || -> Result<u32, ShimError> {
             let (sandbox, id) = (self.sandbox()?, ContainerId::new(id)?);
             if self.is_bare_sandbox(&id)? {
                 return Ok(sandbox.vmm_pid());
             }
-            Ok(sandbox.state(&ProcessRef::init(id))?.pid)
+            Ok(sandbox.state(&ProcessRef::init(id)).await?.pid)
         };
-        known().unwrap_or(0)
+        known().await.unwrap_or(0)
     }
 }
 
@@ -325,7 +325,13 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let service = self.clone();
-        let pid = detached(async move { service.create_and_tell(request).await }).await;
+        let makes_the_sandbox = request.id == self.0.id.as_str();
+        let making = detached(async move { service.create_and_tell(request).await });
+        let pid = if makes_the_sandbox {
+            self.0.asked_for(making).await
+        } else {
+            making.await
+        };
         let pid = reply(pid)?;
         Ok(CreateTaskResponse {
             pid,
@@ -435,7 +441,7 @@ impl Task for TaskService {
         // Always answered: an error here would make containerd drop the pod.
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.0.task_pid(&request.id),
+            task_pid: self.0.task_pid(&request.id).await,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..ConnectResponse::default()
         })
