@@ -271,7 +271,11 @@ impl Containerd {
                 bail!("containerd ended: {status}\n{}", self.log_tail());
             }
             let state = match self.client.not_ready().await {
-                Ok(conditions) if conditions.is_empty() => return Ok(()),
+                // Its status is told before it has found the pods of before again.
+                Ok(conditions) if conditions.is_empty() => match self.client.pod_ids(None).await {
+                    Ok(_) => return Ok(()),
+                    Err(error) => format!("{error:#}"),
+                },
                 Ok(conditions) => conditions.join(", "),
                 Err(error) => format!("{error:#}"),
             };
@@ -292,7 +296,7 @@ impl Containerd {
         fs::remove_file(&archive).context("remove the archive")?;
         // CRI learns of new images by events.
         let by = Instant::now() + READY_WITHIN;
-        for name in [image::PAUSE, image::BUSYBOX] {
+        for name in [image::PAUSE, image::BUSYBOX, image::USR1] {
             while !self.client.has_image(name).await? {
                 ensure!(Instant::now() < by, "CRI does not see the image {name}");
                 tokio::time::sleep(POLL).await;

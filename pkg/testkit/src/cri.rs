@@ -21,10 +21,13 @@ use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ImageSpec, ImageStatusRequest, ListPodSandboxRequest, PodSandboxFilter, StatusRequest,
+    UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
 };
 use tokio::net::UnixStream;
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Status};
+use tonic_prost::ProstCodec;
 
 pub use container::{Container, ContainerBuilder, Output};
 pub use log::Log;
@@ -120,6 +123,26 @@ impl Client {
             .await
             .context("ImageStatus")?;
         Ok(response.into_inner().image.is_some())
+    }
+
+    /// UpdatePodSandboxResources, with nothing but the pod's id: newer than the types
+    /// here, whose UpdateContainerResources has the same shape.
+    ///
+    /// # Errors
+    /// containerd's reply.
+    pub async fn update_pod(&self, id: &str) -> Result<(), Status> {
+        let path =
+            PathAndQuery::from_static("/runtime.v1.RuntimeService/UpdatePodSandboxResources");
+        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
+        let ready = grpc.ready().await;
+        ready.map_err(|error| Status::unavailable(error.to_string()))?;
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.into(),
+            ..UpdateContainerResourcesRequest::default()
+        };
+        let codec: ProstCodec<_, UpdateContainerResourcesResponse> = ProstCodec::default();
+        let answer = grpc.unary(Request::new(request), path, codec);
+        answer.await.map(drop)
     }
 
     /// A pod to be.

@@ -15,6 +15,8 @@ use tar::{Builder, EntryType, Header};
 
 /// The image with busybox.
 pub const BUSYBOX: &str = "test.podhull.local/busybox:1";
+/// The same, to be stopped by SIGUSR1.
+pub const USR1: &str = "test.podhull.local/usr1:1";
 /// The pod's own image, for runtimes that need a process to hold a pod.
 pub const PAUSE: &str = "test.podhull.local/pause:1";
 
@@ -28,7 +30,7 @@ const GROUP: &str = "root:x:0:\ndaemon:x:1:\nalice:x:1000:\nextra:x:2000:alice\n
 /// Ends at SIGTERM and reaps orphans of a shared PID namespace meanwhile.
 const PAUSE_SCRIPT: &str = "trap 'exit 0' TERM INT; while :; do sleep 1000000 & wait $!; done";
 
-/// Writes one OCI archive holding both images to `path`.
+/// Writes one OCI archive holding the images to `path`.
 ///
 /// # Errors
 /// If busybox is missing or the archive cannot be written.
@@ -51,6 +53,11 @@ pub fn write_archive(path: &Path) -> Result<()> {
         (
             BUSYBOX,
             json!({"Env": ["PATH=/usr/bin:/bin:/usr/sbin:/sbin"], "Cmd": ["sh"]}),
+        ),
+        (
+            USR1,
+            json!({"Env": ["PATH=/usr/bin:/bin:/usr/sbin:/sbin"], "Cmd": ["sh"],
+                   "StopSignal": "SIGUSR1"}),
         ),
         (
             PAUSE,

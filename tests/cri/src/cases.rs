@@ -9,6 +9,7 @@ mod console;
 mod container;
 pub(crate) mod core;
 mod dead;
+mod direct;
 mod event;
 mod exec;
 mod exec_confined;
@@ -16,6 +17,7 @@ mod fault;
 mod garbled;
 mod hung;
 mod killed;
+mod killed_containerd;
 mod lifecycle;
 mod mount;
 mod network;
@@ -86,6 +88,7 @@ pub(crate) fn all() -> Vec<Case> {
         event::cases(),
         refusal::cases(),
         garbled::cases(),
+        direct::cases(),
         confinement::cases(),
         vsock::cases(),
         vsock_id::cases(),
@@ -95,6 +98,7 @@ pub(crate) fn all() -> Vec<Case> {
         dead::cases(),
         hung::cases(),
         killed::cases(),
+        killed_containerd::cases(),
         restart::cases(),
         node::cases(),
         shim::cases(),

@@ -93,14 +93,7 @@ async fn run_setup(
     for case in cases {
         let started = Instant::now();
         let (result, clean, seen) = one(context, case, &before, &mut searched).await;
-        if clean.is_err() {
-            // What this one left must not fail the next ones.
-            let containerd = context.containerd().await;
-            before = match settled(&containerd, CLEAN_WITHIN).await {
-                Ok(now) => now,
-                Err(_) => Snapshot::take(&containerd).await?,
-            };
-        }
+        let is_clean = clean.is_ok();
         let took = started.elapsed().as_secs_f64();
         let result = match (result, clean) {
             (Err(error), Err(leak)) => Err(anyhow!("{error:#}\nand then: {leak:#}")),
@@ -111,6 +104,14 @@ async fn run_setup(
             (result, _) => result.map(|()| None),
         };
         report(case, setup, took, result, &mut figures)?;
+        if !is_clean {
+            // What this one left must not fail the next ones.
+            let containerd = context.containerd().await;
+            before = match settled(&containerd, CLEAN_WITHIN).await {
+                Ok(now) => now,
+                Err(_) => Snapshot::take(&containerd).await?,
+            };
+        }
     }
     figures.took(begin.elapsed());
     let mut out = io::stdout().lock();

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use podhull_testkit::cri::api::Int64Value;
+use podhull_testkit::cri::api::{Int64Value, SupplementalGroupsPolicy};
+use podhull_testkit::image::USR1;
 
 use crate::case::{cases, contains, same};
 use crate::context::{Context, refusal, text_of};
@@ -20,7 +21,12 @@ cases! {
         container_folder_of_root_is_entered_for_others,
         container_users_and_groups_are_applied,
         container_unknown_user_is_refused,
-        container_with_a_terminal_has_one;
+        container_with_a_terminal_has_one,
+        container_score_for_the_oom_killer_is_set,
+        container_is_stopped_by_its_images_signal,
+        container_message_of_its_end_is_left_on_the_node;
+    ALL_24:
+        container_groups_of_the_image_are_left_out_if_strict;
     ALL:
         container_entrypoint_that_cannot_run_is_refused,
         container_without_a_command_runs_the_images;
@@ -221,5 +227,89 @@ async fn container_without_a_command_runs_the_images(t: &Context) -> Result<()> 
     container
         .wrote("from args", Duration::from_secs(20))
         .await?;
+    Ok(())
+}
+
+async fn container_groups_of_the_image_are_left_out_if_strict(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    for (name, policy, groups) in [
+        ("merge", SupplementalGroupsPolicy::Merge, "1000 2000 5001"),
+        ("strict", SupplementalGroupsPolicy::Strict, "1000 5001"),
+    ] {
+        let container = t.container(&pod, name).idle().security(|security| {
+            security.run_as_user = Some(Int64Value { value: 1000 });
+            security.supplemental_groups = vec![5001];
+            security.set_supplemental_groups_policy(policy);
+        });
+        let container = container.start().await?;
+        let init = "grep ^Groups: /proc/1/status | cut -f2 | tr ' ' '\\n' | sort -n | xargs";
+        let exec = "id -G | tr ' ' '\\n' | sort -n | xargs";
+        same!(container.shell(init).await?.text(), groups, "{name}, init");
+        same!(container.shell(exec).await?.text(), groups, "{name}, exec");
+        let user = container.status().await?.user.and_then(|user| user.linux);
+        let reported = user.map(|mut user| {
+            user.supplemental_groups.sort_unstable();
+            (user.uid, user.gid, user.supplemental_groups)
+        });
+        let expected = groups.split(' ').map(str::parse);
+        let expected = expected.collect::<Result<Vec<i64>, _>>()?;
+        same!(reported, Some((1000, 1000, expected)), "{name}, reported");
+    }
+    Ok(())
+}
+
+async fn container_score_for_the_oom_killer_is_set(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    for (attempt, score) in [(0, 0), (1, 937)] {
+        let builder = t.container(&pod, "main").attempt(attempt).idle();
+        let builder = builder.resources(|resources| resources.oom_score_adj = score);
+        let container = builder.start().await?;
+        for process in ["1", "self"] {
+            let file = format!("/proc/{process}/oom_score_adj");
+            let seen = container.exec(["cat", &file]).await?.success()?.text();
+            same!(seen, score.to_string(), "of {process}");
+        }
+        container.stop(0).await?;
+    }
+    Ok(())
+}
+
+async fn container_is_stopped_by_its_images_signal(t: &Context) -> Result<()> {
+    let pod = t.ready_pod().await?;
+    let container = t
+        .container(&pod, "main")
+        .edit(|config| config.image.get_or_insert_default().image = USR1.into())
+        .shell("trap 'echo usr1; exit 8' USR1; trap 'echo term; exit 9' TERM; echo up; while :; do sleep 1000 & wait $!; done")
+        .start()
+        .await?;
+    container.wrote("up", Duration::from_secs(20)).await?;
+    container.stop(20).await?;
+    same!(container.status().await?.exit_code, 8);
+    same!(container.log()?.text(), "up\nusr1");
+    Ok(())
+}
+
+/// The kubelet makes a file, mounts it where the container's message is to be, and
+/// reads it when the container has ended.
+async fn container_message_of_its_end_is_left_on_the_node(t: &Context) -> Result<()> {
+    let message = t.new_file("message", "")?;
+    fs::set_permissions(&message, fs::Permissions::from_mode(0o666))?;
+    let pod = t.ready_pod().await?;
+    let builder = t
+        .container(&pod, "main")
+        .mount(&message, "/dev/termination-log", false)
+        .security(|security| security.run_as_user = Some(Int64Value { value: 1000 }))
+        .shell("printf 'no %s left' space >/dev/termination-log; exit 3");
+    let (_, status) = builder.run().await?;
+    same!(status.exit_code, 3);
+    same!(fs::read_to_string(&message)?, "no space left");
+    let listed = status
+        .mounts
+        .iter()
+        .find(|mount| mount.host_path == message);
+    same!(
+        listed.map(|mount| &*mount.container_path),
+        Some("/dev/termination-log")
+    );
     Ok(())
 }

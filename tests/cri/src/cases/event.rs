@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use podhull_testkit::cri::api::NamespaceMode;
+use podhull_testkit::cri::api::{ContainerEventType, GetEventsRequest, NamespaceMode};
 use podhull_testkit::image::BUSYBOX;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
@@ -17,6 +17,8 @@ use crate::context::Context;
 cases! {
     ALL:
         event_order_of_a_task_is_kept;
+    ALL_24:
+        event_stream_of_the_kubelet_tells_of_pods_and_containers;
     ALL_TWICE:
         event_exit_comes_while_a_child_keeps_the_output;
 }
@@ -190,4 +192,44 @@ async fn event_exit_comes_while_a_child_keeps_the_output(t: &Context) -> Result<
     shared.wrote("done", WITHIN).await?;
     shared.remove().await?;
     events.end(t).await
+}
+
+/// What a kubelet with `EventedPLEG` listens to.
+async fn event_stream_of_the_kubelet_tells_of_pods_and_containers(t: &Context) -> Result<()> {
+    let mut runtime = t.client().runtime();
+    let subscribed = runtime.get_container_events(GetEventsRequest {}).await;
+    let mut stream = subscribed.context("GetContainerEvents")?.into_inner();
+    let (pod, container) = t.idle().await?;
+    container.stop(10).await?;
+    container.remove().await?;
+    pod.stop().await?;
+    let mut of_container = Vec::new();
+    let mut of_pod = Vec::new();
+    let collect = async {
+        while of_pod.last() != Some(&"stopped") {
+            let event = stream.message().await?.context("the stream ended")?;
+            let kind = match event.container_event_type() {
+                ContainerEventType::ContainerCreatedEvent => "created",
+                ContainerEventType::ContainerStartedEvent => "started",
+                ContainerEventType::ContainerStoppedEvent => "stopped",
+                ContainerEventType::ContainerDeletedEvent => "deleted",
+            };
+            // Those of the pods before may be on their way.
+            if event.container_id == container.id() {
+                of_container.push(kind);
+            } else if event.container_id == pod.id() {
+                of_pod.push(kind);
+            } else {
+                continue;
+            }
+            let status = event.pod_sandbox_status.as_ref();
+            same!(status.map(|pod| &*pod.id), Some(pod.id()), "{kind}");
+        }
+        anyhow::Ok(())
+    };
+    let collected = tokio::time::timeout(WITHIN, collect).await;
+    collected.with_context(|| format!("only {of_container:?} and {of_pod:?} came"))??;
+    same!(of_container, ["created", "started", "stopped", "deleted"]);
+    same!(of_pod, ["created", "started", "stopped"]);
+    Ok(())
 }

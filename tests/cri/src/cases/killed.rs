@@ -29,16 +29,16 @@ cases! {
 }
 
 /// When the shim is killed, in parts of the time that a call takes undisturbed.
-const MOMENTS: [f64; 4] = [0.1, 0.35, 0.6, 0.85];
+pub(super) const MOMENTS: [f64; 4] = [0.1, 0.35, 0.6, 0.85];
 /// The same of StopPodSandbox, which ends with what needs no shim.
 const EARLY: [f64; 4] = [0.03, 0.08, 0.15, 0.3];
 /// A call whose shim is gone is answered within this.
 const ANSWERED: Duration = Duration::from_secs(20);
-const GONE: Duration = Duration::from_secs(10);
+pub(super) const GONE: Duration = Duration::from_secs(10);
 
-/// What is asked when the shim is killed.
+/// What is asked when a shim, or containerd, is killed.
 #[derive(Debug, Clone, Copy)]
-enum Call {
+pub(super) enum Call {
     /// CRI's StartContainer is Create and Start.
     CreateAndStart,
     Exec,
@@ -46,34 +46,51 @@ enum Call {
     KillAndDelete,
     /// CRI's StopPodSandbox, with a container that runs.
     StopPod,
+    /// CRI's RemovePodSandbox, which stops such a pod first.
+    RemovePod,
 }
 
 impl Call {
-    async fn prepared(self, t: &Context) -> Result<(Pod, Container)> {
+    pub(super) async fn prepared(self, t: &Context) -> Result<(Pod, Container)> {
         match self {
             Self::CreateAndStart => {
                 let pod = t.ready_pod().await?;
                 let container = t.container(&pod, "main").idle().create().await?;
                 Ok((pod, container))
             }
-            Self::Exec | Self::KillAndDelete | Self::StopPod => t.idle().await,
+            Self::Exec | Self::KillAndDelete | Self::StopPod | Self::RemovePod => t.idle().await,
         }
     }
 
-    fn moments(self) -> [f64; 4] {
+    pub(super) fn moments(self) -> [f64; 4] {
         match self {
-            Self::StopPod => EARLY,
+            Self::StopPod | Self::RemovePod => EARLY,
             Self::CreateAndStart | Self::Exec | Self::KillAndDelete => MOMENTS,
         }
     }
 
-    async fn make(self, pod: &Pod, container: &Container) -> Result<()> {
+    pub(super) async fn make(self, pod: &Pod, container: &Container) -> Result<()> {
         match self {
             Self::CreateAndStart => container.start().await,
             Self::Exec => container.exec(["true"]).await?.success().map(drop),
             Self::KillAndDelete => container.stop(0).await,
             Self::StopPod => pod.stop().await,
+            Self::RemovePod => pod.remove().await,
         }
+    }
+
+    /// How long it takes undisturbed.
+    pub(super) async fn takes(self, t: &Context) -> Result<Duration> {
+        let (pod, container) = self.prepared(t).await?;
+        let begin = Instant::now();
+        self.make(&pod, &container).await?;
+        let took = begin.elapsed();
+        pod.remove().await?;
+        Ok(took)
+    }
+
+    pub(super) fn ends_its_pod(self) -> bool {
+        matches!(self, Self::StopPod | Self::RemovePod)
     }
 }
 
@@ -111,7 +128,7 @@ async fn killed_after(t: &Context, call: Call, moment: Duration) -> Result<bool>
 
 /// The pod goes. Until containerd has noticed each container's end, it refuses;
 /// the kubelet asks again, too.
-async fn removed(pod: &Pod) -> Result<()> {
+pub(super) async fn removed(pod: &Pod) -> Result<()> {
     let by = Instant::now() + GONE;
     loop {
         let gone = async {
@@ -128,7 +145,7 @@ async fn removed(pod: &Pod) -> Result<()> {
 
 /// Kills at each of `moments` of a call that takes `whole` undisturbed; `kill` gives
 /// whether it met the call. Then a pod runs as ever.
-async fn killed_at(
+pub(super) async fn killed_at(
     t: &Context,
     moments: [f64; 4],
     whole: Duration,
@@ -146,11 +163,7 @@ async fn killed_at(
 }
 
 async fn killed_during(t: &Context, call: Call) -> Result<()> {
-    let (pod, container) = call.prepared(t).await?;
-    let begin = Instant::now();
-    call.make(&pod, &container).await?;
-    let whole = begin.elapsed();
-    pod.remove().await?;
+    let whole = call.takes(t).await?;
     killed_at(t, call.moments(), whole, async |moment| {
         killed_after(t, call, moment).await
     })

@@ -11,6 +11,7 @@ use podhull_testkit::cri::api::{
 use podhull_testkit::cri::{Container, Log};
 
 use crate::case::{cases, contains, same};
+use crate::compare::see;
 use crate::context::{Context, refusal};
 
 cases! {
@@ -18,6 +19,7 @@ cases! {
         lifecycle_stop_and_remove_end_a_pod,
         lifecycle_stop_and_remove_repeated_succeed,
         lifecycle_removing_a_running_pod_ends_it,
+        lifecycle_removals_in_any_order_succeed,
         lifecycle_pod_without_containers_lives_and_goes,
         lifecycle_containers_of_a_pod_share_network_and_kernel,
         lifecycle_container_restarts_with_the_next_attempt,
@@ -76,6 +78,35 @@ async fn lifecycle_stop_and_remove_repeated_succeed(t: &Context) -> Result<()> {
         pod.remove().await?;
     }
     Ok(())
+}
+
+async fn lifecycle_removals_in_any_order_succeed(t: &Context) -> Result<()> {
+    // The pod's end first, then that of its containers.
+    let (pod, running) = t.idle().await?;
+    let created = t.container(&pod, "created").idle().create().await?;
+    let ended = t.container(&pod, "ended").command(["true"]).start().await?;
+    ended.exited(Duration::from_secs(30)).await?;
+    pod.stop().await?;
+    for container in [&created, &ended, &running] {
+        container.stop(5).await?;
+        container.remove().await?;
+    }
+    pod.remove().await?;
+    // Everything is gone with the pod, and asked for once more. Whether what is gone can
+    // be stopped, each release has its own answer to.
+    let (pod, container) = t.idle().await?;
+    pod.remove().await?;
+    for (what, stopped) in [
+        ("container", container.stop(5).await),
+        ("pod", pod.stop().await),
+    ] {
+        see(
+            &format!("a stop of a {what} that is gone"),
+            &stopped.is_ok().to_string(),
+        );
+    }
+    container.remove().await?;
+    pod.remove().await
 }
 
 async fn lifecycle_removing_a_running_pod_ends_it(t: &Context) -> Result<()> {

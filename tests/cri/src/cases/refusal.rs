@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a pod in a VM cannot have is refused by the name of its field.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use podhull_testkit::containerd::FORGETFUL;
-use podhull_testkit::cri::api::{Device, MountPropagation, NamespaceMode};
+use podhull_testkit::cri::api::{Device, HugepageLimit, MountPropagation, NamespaceMode};
 use podhull_testkit::cri::{ContainerBuilder, Pod};
 use podhull_testkit::oracle::assert_clean;
 
@@ -21,6 +22,8 @@ cases! {
         refusal_of_bidirectional_mounts_names_them,
         refusal_of_the_hosts_kernel_folders_names_them,
         refusal_of_too_little_memory_names_the_floor;
+    PODHULL_ONCE:
+        refusal_of_huge_pages_names_them;
 }
 
 async fn refusal_of_host_namespaces_names_them(t: &Context) -> Result<()> {
@@ -144,5 +147,42 @@ async fn refusal_of_too_little_memory_names_the_floor(t: &Context) -> Result<()>
     });
     let text = refusal(pod.run().await, "a pod with 16 MiB")?;
     contains!(&text, "resources.limits.memory", "MiB");
+    Ok(())
+}
+
+/// True if the node limits `what` by cgroups.
+fn has_controller(what: &str) -> Result<bool> {
+    let of_v1 = fs::read_to_string("/proc/self/cgroup")?;
+    let of_v2 = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    Ok(of_v1.split([':', ',', '\n']).any(|name| name == what)
+        || of_v2.split_whitespace().any(|name| name == what))
+}
+
+/// The kubelet sends a limit for each size that the node has, zero if the pod asks
+/// for none.
+async fn refusal_of_huge_pages_names_them(t: &Context) -> Result<()> {
+    let limit = |limit| {
+        vec![HugepageLimit {
+            page_size: "2MB".into(),
+            limit,
+        }]
+    };
+    let pod = t.ready_pod().await?;
+    let none = t.container(&pod, "none").idle();
+    let none = none.resources(|resources| resources.hugepage_limits = limit(0));
+    let none = none.start().await?;
+    none.exec(["true"]).await?.success()?;
+    let some = t.container(&pod, "some").idle();
+    let some = some.resources(|resources| resources.hugepage_limits = limit(64 << 20));
+    // Where the node has no controller for them, containerd leaves the limit out.
+    if has_controller("hugetlb")? {
+        refused(t, &pod, some, &["linux.resources.hugepageLimits[0].limit"]).await?;
+    }
+    let pod = t.pod("huge").linux(|linux| {
+        let resources = linux.resources.get_or_insert_default();
+        resources.hugepage_limits = limit(64 << 20);
+    });
+    let text = refusal(pod.run().await, "a pod with huge pages")?;
+    contains!(&text, "linux.resources.hugepage_limits[0].limit");
     Ok(())
 }

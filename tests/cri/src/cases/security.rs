@@ -2,6 +2,7 @@
 //! What a container may not do.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use podhull_testkit::cri::ContainerBuilder;
@@ -20,7 +21,9 @@ cases! {
         security_seccomp_profiles_are_applied,
         security_masked_and_read_only_paths_are_closed,
         security_setuid_program_gains_its_owners_rights,
-        security_devices_of_the_machine_cannot_be_opened;
+        security_devices_of_the_machine_cannot_be_opened,
+        security_seccomp_profile_of_the_node_is_applied,
+        security_paths_are_masked_and_read_only_as_asked;
     PODHULL_TWICE:
         security_privileged_container_owns_the_guest_only,
         security_sockets_to_the_host_are_refused_to_everyone;
@@ -155,6 +158,74 @@ async fn security_seccomp_profiles_are_applied(t: &Context) -> Result<()> {
     Ok(())
 }
 
+/// What `localhostProfile` names: a file of the node, by its path.
+async fn security_seccomp_profile_of_the_node_is_applied(t: &Context) -> Result<()> {
+    let profile = t.new_file(
+        "profile.json",
+        r#"{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]}"#,
+    )?;
+    let pod = t.ready_pod().await?;
+    let container = t
+        .container(&pod, "main")
+        .shell("mkdir /tmp/by-init; echo done; sleep 1000000")
+        .security(|security| {
+            security.seccomp = Some(SecurityProfile {
+                profile_type: ProfileType::Localhost.into(),
+                localhost_ref: profile,
+            });
+        })
+        .start()
+        .await?;
+    let log = container.wrote("done", Duration::from_secs(20)).await?;
+    contains!(log.error_text(), "Function not implemented");
+    let exec = container
+        .shell("touch /tmp/file && mkdir /tmp/by-exec")
+        .await?;
+    ensure!(exec.code != 0, "the filter lets an exec through");
+    contains!(exec.error_text(), "Function not implemented");
+    same!(container.shell("ls /tmp").await?.text(), "file");
+    Ok(())
+}
+
+async fn security_paths_are_masked_and_read_only_as_asked(t: &Context) -> Result<()> {
+    let volume = t.new_folder("volume")?;
+    t.new_file("volume/file", "secret")?;
+    let pod = t.ready_pod().await?;
+    let container = t
+        .container(&pod, "main")
+        .idle()
+        .mount(&volume, "/volume", false)
+        .security(|security| {
+            security.masked_paths = ["/etc/passwd", "/home", "/volume/file", "/not/there"]
+                .map(str::to_owned)
+                .into();
+            security.readonly_paths = ["/tmp", "/var/not/there"].map(str::to_owned).into();
+        })
+        .start()
+        .await?;
+    for (script, output) in [
+        ("wc -c </etc/passwd", "0"),
+        ("ls /home | wc -l", "0"),
+        ("wc -c </volume/file", "0"),
+        (
+            "touch /home/x 2>&1 | sed 's/.*: //'",
+            "Read-only file system",
+        ),
+        (
+            "touch /tmp/x 2>&1 | sed 's/.*: //'",
+            "Read-only file system",
+        ),
+        ("touch /var/x && echo free", "free"),
+        // What is asked for takes the place of the kubelet's list.
+        ("wc -c </proc/keys | grep -qx 0 || echo open", "open"),
+    ] {
+        same!(container.shell(script).await?.text(), output, "{script}");
+    }
+    same!(fs::read_to_string(t.path("volume/file"))?, "secret");
+    Ok(())
+}
+
 async fn security_masked_and_read_only_paths_are_closed(t: &Context) -> Result<()> {
     let (_pod, container) = t.idle().await?;
     for path in [
@@ -252,6 +323,17 @@ async fn security_privileged_container_owns_the_guest_only(t: &Context) -> Resul
         fs::read_to_string("/proc/sys/kernel/domainname")?.trim() != "x",
         "the host's domain name was changed"
     );
+    // The guest's devices are there, and may be used.
+    for device in ["/dev/net/tun", "/dev/fuse", "/dev/kmsg"] {
+        let output = container.exec([PROBE, "open", device]).await?;
+        same!(output.text(), "ok", "open of {device}");
+    }
+    contains!(
+        container.shell("dmesg | head -50").await?.success()?.text(),
+        "Linux version"
+    );
+    let tap = "tunctl -t tap7 && ip link show tap7 && tunctl -d tap7";
+    contains!(container.shell(tap).await?.success()?.text(), "tap7: ");
     // None of the host's disks is there, nor can be reached by its number.
     let mut disks = 0;
     for entry in fs::read_dir("/sys/class/block")?.flatten() {

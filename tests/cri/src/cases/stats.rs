@@ -4,11 +4,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use podhull_testkit::cri::Container;
 use podhull_testkit::cri::api::{
-    ListPodSandboxStatsRequest, PodSandboxStats, PodSandboxStatsRequest,
+    ContainerStatsFilter, ListContainerStatsRequest, ListPodSandboxStatsRequest, PodSandboxStats,
+    PodSandboxStatsRequest, UInt64Value,
 };
 use serde_json::Value;
 
@@ -18,6 +20,7 @@ use crate::context::Context;
 cases! {
     ALL:
         stats_of_a_task_are_those_of_its_container,
+        stats_of_containers_are_listed,
         stats_of_a_pod_answer;
 }
 
@@ -44,6 +47,59 @@ async fn stats_of_a_task_are_those_of_its_container(t: &Context) -> Result<()> {
         cpu.is_some_and(|time| time > 0),
         "CPU time: {cpu:?} in {text}"
     );
+    Ok(())
+}
+
+/// The names of the containers of which `filter` gives figures. Of one that has ended
+/// some releases list the name alone.
+async fn listed(t: &Context, filter: ContainerStatsFilter) -> Result<Vec<String>> {
+    let request = ListContainerStatsRequest {
+        filter: Some(filter),
+    };
+    let response = t.client().runtime().list_container_stats(request).await;
+    let all = response.context("ListContainerStats")?.into_inner().stats;
+    let mut names = Vec::new();
+    for stats in all {
+        let attributes = stats.attributes.as_ref().context("no attributes")?;
+        let name = attributes.metadata.as_ref().map(|it| it.name.clone());
+        let cpu = stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds);
+        let memory = stats.memory.and_then(|it| it.working_set_bytes);
+        let some = |value: Option<UInt64Value>| value.is_some_and(|it| it.value > 0);
+        same!(some(cpu), some(memory), "figures of {name:?}");
+        if some(cpu) {
+            names.push(name.context("no name")?);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+async fn stats_of_containers_are_listed(t: &Context) -> Result<()> {
+    let (pod, main) = t.idle().await?;
+    let second = t.container(&pod, "second").idle().edit(|config| {
+        config.labels.insert("colour".into(), "blue".into());
+    });
+    second.start().await?.exec(["true"]).await?.success()?;
+    let ended = t.container(&pod, "ended").command(["true"]).start().await?;
+    ended.exited(Duration::from_secs(30)).await?;
+    let (_other, _third) = t.idle().await?;
+    let of_pod = ContainerStatsFilter {
+        pod_sandbox_id: pod.id().into(),
+        ..ContainerStatsFilter::default()
+    };
+    same!(listed(t, of_pod).await?, ["main", "second"]);
+    let by_id = ContainerStatsFilter {
+        id: main.id().into(),
+        ..ContainerStatsFilter::default()
+    };
+    same!(listed(t, by_id).await?, ["main"]);
+    let blue = ContainerStatsFilter {
+        label_selector: [("colour".into(), "blue".into())].into(),
+        ..ContainerStatsFilter::default()
+    };
+    same!(listed(t, blue).await?, ["second"]);
+    let all = listed(t, ContainerStatsFilter::default()).await?;
+    same!(all, ["main", "main", "second"]);
     Ok(())
 }
 
