@@ -134,7 +134,7 @@ async fn view_of_names_and_environment_is_that_of_runc(t: &Context) -> Result<()
         "env | sort; pwd; id; stat -c %u:%g /proc/self/fd/1",
     )
     .await?;
-    let tree = "cut -d' ' -f2-4,7,8 /proc/1/stat; set -- $(cat /proc/$$/stat); echo $2 $4 $7 $8 $(($1 - $5)) $(($1 - $6)); cat /proc/self/oom_score_adj";
+    let tree = "cut -d' ' -f2,4,7,8 /proc/1/stat; set -- $(cat /proc/$$/stat); echo $2 $4 $7 $8 $(($1 - $5)) $(($1 - $6)); cat /proc/self/oom_score_adj";
     look(t.container(&pod, "tree"), "processes", tree).await
 }
 
