@@ -65,7 +65,9 @@ test-core: packages tools streams guest shim ## the core cases of the CRI suite,
 
 .PHONY: compatibility
 compatibility: packages ## docs/compatibility.md and docs/fields.md, from the cases and the tables of fields
-	@cargo run --quiet --release --locked -p podhull-cri-tests -- --compatibility >docs/compatibility.md
+	@mkdir -p target
+	@cargo run --quiet --release --locked -p podhull-cri-tests -- --compatibility >target/compatibility.md
+	@mv target/compatibility.md docs/compatibility.md
 	@PODHULL_UPDATE_DOCS=1 cargo test --quiet --locked -p podhull-shim --lib -- the_page_is_what_the_tables_say >/dev/null
 
 .PHONY: test-all
@@ -95,7 +97,7 @@ packages:
 	@$(SETUP)/packages.sh
 
 .PHONY: tools
-tools: packages
+tools: packages ## containerd 2.4 and the vsock daemon, in the cache
 	@$(SETUP)/containerd.sh
 	@$(SETUP)/vsock-daemon.sh
 

@@ -5,8 +5,10 @@
 . "$(dirname "$0")/setup/lib.sh"
 cd "$ROOT"
 
+# As the Makefile has it, also where this is run by itself.
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$CACHE/target}
 cargo build --quiet --release --locked -p podhull-demo
-demo=${CARGO_TARGET_DIR:-$CACHE/target}/release/podhull-demo
+demo=$CARGO_TARGET_DIR/release/podhull-demo
 parent=$(mktemp -d /var/tmp/podhull-demo-test.XXXXXX)
 export PODHULL_TEST_DIR=$parent
 running=
