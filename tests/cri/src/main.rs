@@ -33,7 +33,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use podhull_testkit::{Release, namespaces};
 
 use options::Options;
@@ -83,6 +83,15 @@ fn list(options: &Options) -> Result<ExitCode> {
 
 /// One node after the other: each release finds what a fresh node has.
 fn outside(options: &Options) -> Result<ExitCode> {
+    let some = |setup| {
+        let mut cases = cases::all().into_iter();
+        cases.any(|case| case.on.has(setup) && options.wants(setup, &case))
+    };
+    ensure!(
+        options.setups().into_iter().any(some),
+        "no case to run has {} in its name: --list shows them",
+        options.asked_for()
+    );
     let begin = Instant::now();
     let mut total = Tally::default();
     let mut gave_up = None;

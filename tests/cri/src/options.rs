@@ -70,6 +70,11 @@ impl Options {
         Ok(options)
     }
 
+    /// What names are asked for, to be quoted.
+    pub(crate) fn asked_for(&self) -> String {
+        self.filters.join(" or ")
+    }
+
     /// True if a case is to run: any filter is part of its name.
     pub(crate) fn wants(&self, setup: Setup, case: &Case) -> bool {
         let name = case.name;
